@@ -1,0 +1,57 @@
+# The front door. `make demo` sets up and gets a first real answer; `make test` sets up and passes the tests.
+PYTHON ?= python3
+# Installed before everything else, so that nothing pulls another build of it. Where your index has a CPU build
+# under another name, say so: make demo TORCH="torch==2.13.0+cpu".
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help demo test check format bench clean
+
+help:
+	@echo "make demo    set up, then ask a real model whose experts sit on three host processes"
+	@echo "make test    set up, then run the tests"
+	@echo "make check   lint, types, import rules"
+	@echo "make format  let ruff rewrite what it can"
+	@echo "make bench   parity, speed ratio and expert calls on this machine"
+	@echo "make clean   remove the virtual environment and caches of this folder"
+
+$(VENV)/torch.stamp:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "daaswarm needs Python 3.10 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet "$(TORCH)"
+	touch $@
+
+$(VENV)/run.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) install --quiet --editable .
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/run.stamp
+	$(PIP) install --quiet --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/run.stamp
+	$(BIN)/daaswarm infer "What is the capital of France?" --embedded 3
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/run.stamp
+	$(BIN)/daaswarm bench parity --hosts 2
+	$(BIN)/daaswarm bench expert --expert nop --callers 1
+	$(BIN)/daaswarm bench expert --expert nop --callers 64
+	$(BIN)/daaswarm bench expert --expert ffn --callers 64
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,1 @@
+"""What ``daaswarm bench`` runs."""

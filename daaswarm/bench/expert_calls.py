@@ -1,0 +1,139 @@
+"""``bench expert``: how many expert calls a second go through one node, and how long one takes.
+
+Two processes, the host's and this one, over the data plane that inference uses.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any, Literal
+
+import msgspec
+import torch
+import trio
+from torch.nn import functional
+
+from daaswarm.config import Config
+from daaswarm.errors import DaaswarmError
+from daaswarm.experts.service import HostedModel
+from daaswarm.inference.swarm_experts import as_bytes
+from daaswarm.messages import Contact, ExpertCall
+from daaswarm.node import Emit, open_node
+from daaswarm.store.data_dir import DataDir
+from daaswarm.types import ModelRoot
+
+ROOT = ModelRoot("be" * 32)  # no manifest has this root: nobody else can be asked for it
+START_S = 60.0  # for the host process to import torch
+CALL_S = 10.0
+FFN_RATIO = 4  # intermediate width over model width
+
+Kind = Literal["nop", "ffn"]
+
+
+class NopLayer:
+    """Returns its rows: what remains is the network."""
+
+    ids = [0]
+    nbytes = 0
+
+    def compute_pairs(self, rows: Any, row_index: Any, expert_index: Any, weights: Any) -> torch.Tensor:
+        raise DaaswarmError("the benchmark's experts are dense")
+
+    def compute_slices(self, rows: torch.Tensor, slices: list[int]) -> torch.Tensor:
+        return rows
+
+
+class FfnLayer(NopLayer):
+    """dim → 4 dim → dim with a GELU between, random weights (the feed-forward net that hivemind measures with)."""
+
+    def __init__(self, dim: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._up = torch.randn(FFN_RATIO * dim, dim, generator=generator) / dim**0.5
+        self._down = torch.randn(dim, FFN_RATIO * dim, generator=generator) / dim**0.5
+        self.nbytes = self._up.nbytes + self._down.nbytes
+
+    def compute_slices(self, rows: torch.Tensor, slices: list[int]) -> torch.Tensor:
+        return functional.linear(functional.gelu(functional.linear(rows, self._up)), self._down)
+
+
+async def serve(data_dir: DataDir, config: Config, kind: Kind, dim: int, emit: Emit) -> None:
+    """The host's side, until cancelled."""
+    async with open_node(data_dir, config, listen=True, libp2p=False) as node:
+        layer = NopLayer() if kind == "nop" else FfnLayer(dim)
+        node.get_experts().add(HostedModel(ROOT, f"bench-{kind}", "dense", dim, "f32", {0: layer}))
+        await emit({"event": "ready", "peer_id": node.peer_id, "addrs": node.addrs})
+        await trio.sleep_forever()
+
+
+async def run_expert_calls(
+    data_dir: DataDir, config: Config, *, kind: Kind, dim: int, batch: int, callers: int, seconds: float, host_dir: str
+) -> dict[str, Any]:
+    """``callers`` tasks call one expert with ``batch`` rows, one call after the other, for ``seconds``.
+
+    Raises:
+        DaaswarmError: the host process didn't start.
+    """
+    command = [sys.executable, "-m", "daaswarm", "bench", "serve-expert", "--expert", kind, "--dim", str(dim)]
+    command += ["--data-dir", host_dir, "--json"]
+    process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        contact = await _wait_ready(process)
+        async with open_node(data_dir, config, listen=False, libp2p=False) as node:
+            await node.network.connect(contact)
+            rows = torch.randn(batch, dim, generator=torch.Generator().manual_seed(0))
+            call = ExpertCall(model_root=ROOT, layer=0, experts=[0], dtype="f32", rows=batch, hidden=dim)
+            body = [as_bytes(rows)]
+            latencies: list[float] = []
+
+            async def caller(until: float, kept: list[float]) -> None:
+                while (started := time.perf_counter()) < until:
+                    await node.network.call(contact, call, body, deadline_s=CALL_S)
+                    kept.append(time.perf_counter() - started)
+
+            async with trio.open_nursery() as nursery:  # warm up: connections, caches, the host's allocator
+                for _ in range(callers):
+                    nursery.start_soon(caller, time.perf_counter() + min(1.0, seconds / 4), [])
+            started = time.perf_counter()
+            async with trio.open_nursery() as nursery:
+                for _ in range(callers):
+                    nursery.start_soon(caller, started + seconds, latencies)
+            elapsed = time.perf_counter() - started
+    finally:
+        process.kill()
+        with trio.CancelScope(shield=True):
+            await process.wait()
+            for pipe in (process.stdin, process.stdout):
+                assert pipe is not None
+                await pipe.aclose()
+    latencies.sort()
+    return {
+        "expert": kind,
+        "dim": dim,
+        "batch": batch,
+        "callers": callers,
+        "seconds": round(elapsed, 3),
+        "calls": len(latencies),
+        "calls_per_s": round(len(latencies) / elapsed, 1),
+        "rows_per_s": round(len(latencies) * batch / elapsed, 1),
+        "p50_ms": round(statistics.median(latencies) * 1000, 4),
+        "p99_ms": round(latencies[min(len(latencies) - 1, int(len(latencies) * 0.99))] * 1000, 4),
+    }
+
+
+async def _wait_ready(process: trio.Process) -> Contact:
+    assert process.stdout is not None
+    data = bytearray()
+    with trio.move_on_after(START_S):
+        while b"\n" not in data:
+            piece = await process.stdout.receive_some(65_536)
+            if not piece:
+                break
+            data += piece
+    try:
+        event = msgspec.json.decode(bytes(data).split(b"\n")[0], type=dict[str, Any])
+        return Contact(peer_id=event["peer_id"], addrs=event["addrs"])
+    except (msgspec.MsgspecError, KeyError) as error:
+        raise DaaswarmError("the benchmark's host process did not start", hint="its messages are above") from error

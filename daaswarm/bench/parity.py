@@ -1,0 +1,122 @@
+"""``bench parity``: is a model with its experts on several hosts the same model, and how fast is it beside the whole one?
+
+Real host processes, real sockets. Both models generate greedily from the same prompt, in turn, so that the ratio of
+their speeds is one of the same minute on the same machine.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from contextlib import AsyncExitStack
+from typing import Any
+
+import torch
+import trio
+
+from daaswarm.config import Config
+from daaswarm.inference.embedded import run_embedded_hosts
+from daaswarm.inference.generation import Prompt, encode_prompt, get_pad_token
+from daaswarm.models.sources import LocalModel
+from daaswarm.models.trunk import load_reference, load_tokenizer
+from daaswarm.node import Emit, open_node
+from daaswarm.store.data_dir import DataDir
+
+PROMPT = "Explain what a distributed hash table is."
+RANDOM_PROMPT_TOKENS = 16  # for a checkpoint without a tokenizer
+REPEATS = 3  # of each model, interleaved; the ratio is the median of the pairs'
+
+
+def encode(model: LocalModel, vocabulary: int, prompt: str) -> torch.Tensor:
+    """(1, tokens): the prompt, or random tokens of a fixed seed where there is no tokenizer."""
+    tokenizer = load_tokenizer(model)
+    if tokenizer is not None:
+        return encode_prompt(Prompt(prompt), tokenizer, model.name)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, vocabulary, (1, RANDOM_PROMPT_TOKENS), generator=generator)
+
+
+def generate(model: Any, ids: torch.Tensor, tokens: int, *, logits: bool = False) -> tuple[list[int], Any, float]:
+    """Exactly ``tokens`` greedy tokens; (token ids, per-step logits or None, seconds)."""
+    started = time.perf_counter()
+    with torch.inference_mode():
+        made = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=get_pad_token(model),
+            return_dict_in_generate=True,
+            output_logits=logits,
+        )
+    seconds = time.perf_counter() - started
+    return made.sequences[0, ids.shape[1] :].tolist(), made.logits if logits else None, seconds
+
+
+async def run_parity(
+    data_dir: DataDir, config: Config, name: str, *, hosts: int, tokens: int, dtype: Any, across: bool, emit: Emit
+) -> dict[str, Any]:
+    """Compare a model on ``hosts`` host processes with the same model whole in this process.
+
+    Args:
+        across: cut every layer over all hosts, instead of giving each host whole layers.
+
+    Raises:
+        ModelError: the model can't be used.
+    """
+    async with open_node(data_dir, config, listen=True, libp2p=False) as node, AsyncExitStack() as stack:
+        model = await node.find_model(name, emit)
+        reference = await trio.to_thread.run_sync(load_reference, model, dtype)
+        ids = encode(model, reference.config.get_text_config().vocab_size, PROMPT)
+        await emit({"event": "message", "text": f"starting {hosts} hosts for {model.name} …"})
+        await stack.enter_async_context(
+            run_embedded_hosts(
+                str(model.folder), model.kind, model.layers, count=hosts, bootstrap=node.addrs,
+                swarm=config.network.swarm, dtype=dtype, across=across, threads=config.host.threads,
+            )
+        )  # fmt: skip
+        requester = node.get_requester()
+        plan = await requester.find_hosts(model, dtype)
+        plan.check_complete(model.name)
+        await node.connect_hosts(plan)
+        trunk = await requester.load(model, dtype, lambda what, done, total: None)
+        experts = requester.make_experts(model, plan)
+
+        async def sharded(logits: bool) -> tuple[list[int], Any, float]:
+            return await requester.run(experts, lambda: generate(trunk.model, ids, tokens, logits=logits))
+
+        async def local(logits: bool) -> tuple[list[int], Any, float]:
+            return await trio.to_thread.run_sync(lambda: generate(reference, ids, tokens, logits=logits))
+
+        want_ids, want_logits, _ = await local(True)
+        got_ids, got_logits, _ = await sharded(True)
+        speeds: list[tuple[float, float]] = []
+        for i in range(REPEATS):
+            await emit({"event": "progress", "what": "measuring", "done": i, "total": REPEATS})
+            speeds.append((tokens / (await local(False))[2], tokens / (await sharded(False))[2]))
+        await emit({"event": "progress", "what": "measuring", "done": REPEATS, "total": REPEATS})
+    ratios = sorted(there / here for here, there in speeds)
+    calls = sum(use.calls for use in experts.hosts.values())
+    return {
+        "model": model.name,
+        "model_root": model.root,
+        "dtype": dtype,
+        "hosts": len(experts.hosts),
+        "tokens": tokens,
+        "tokens_identical": want_ids == got_ids,
+        "max_abs_logit_diff": max(
+            float((a.float() - b.float()).abs().nan_to_num(nan=float("inf")).max())
+            for a, b in zip(want_logits, got_logits, strict=True)
+        ),
+        "local_tokens_per_s": round(statistics.median(here for here, _ in speeds), 3),
+        "sharded_tokens_per_s": round(statistics.median(there for _, there in speeds), 3),
+        "speed_ratio": round(statistics.median(ratios), 4),
+        "speed_ratio_min": round(ratios[0], 4),
+        "speed_ratio_max": round(ratios[-1], 4),
+        "calls": calls,
+        "requester_threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,77 @@
+"""The ``daaswarm`` program: collects the commands and turns every ending into an exit code."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from daaswarm import __version__
+from daaswarm.api.control import RemoteError
+from daaswarm.cli import bench, config, host_expert, infer, init, join, status
+from daaswarm.cli.output import Output
+from daaswarm.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, ConfigError, DaaswarmError, get_exit_code
+
+app = typer.Typer(
+    name="daaswarm",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Run a model whose experts live on other people's machines, and know that the answer is right.",
+    epilog='First time? Try [bold]daaswarm infer "What is the capital of France?"[/bold]',
+)
+app.command("init")(init.init)
+app.command("join")(join.join)
+app.command("host-expert")(host_expert.host_expert)
+app.command("infer")(infer.infer)
+app.command("status")(status.status)
+app.add_typer(bench.app, name="bench")
+app.add_typer(config.app, name="config")
+
+
+def show_version(value: bool) -> None:
+    if value:
+        print(f"daaswarm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line; returns its exit code. Every error becomes one message, never a traceback."""
+    output = Output(as_json="--json" in arguments)
+    try:
+        return app(arguments, standalone_mode=False) or 0
+    except TyperException as error:  # a word that the parser doesn't know
+        command = " ".join(word for word in arguments[:1] if not word.startswith("-"))
+        output.error(ConfigError(error.format_message(), hint=f"see daaswarm {command} --help".replace("  ", " ")))
+        return EXIT_BAD_INPUT
+    except RemoteError as error:
+        output.error(error, error.described)
+        return error.exit_code
+    except DaaswarmError as error:
+        output.error(error)
+        return get_exit_code(error)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone: nobody to tell
+        sys.stderr.close()
+        return EXIT_INTERRUPTED
+    finally:
+        logging.shutdown()

@@ -1,0 +1,130 @@
+"""``daaswarm bench``: measure this machine and this program."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from daaswarm.cli.host_expert import complete_models
+from daaswarm.cli.options import DataDirOption, JsonOption, open_data_dir, read_config
+from daaswarm.cli.output import Output
+from daaswarm.cli.run import run_async, show
+from daaswarm.errors import ConfigError
+from daaswarm.models.sources import DEFAULT_MODEL
+from daaswarm.store.data_dir import DataDir
+from daaswarm.types import DTYPES
+
+app = typer.Typer(no_args_is_help=True, help="Measure this machine and this program.")
+
+
+@app.command("parity")
+def parity(
+    model: Annotated[str, typer.Option("--model", autocompletion=complete_models)] = DEFAULT_MODEL,
+    hosts: Annotated[int, typer.Option("--hosts", min=1, max=64, help="Host processes to start.")] = 3,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, max=4096, help="Greedy tokens to compare.")] = 32,
+    across: Annotated[
+        bool, typer.Option("--across/--by-layer", help="Cut every layer over all hosts, or give each whole layers.")
+    ] = True,
+    dtype: Annotated[str, typer.Option("--dtype")] = "f32",
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Is the model on several hosts the same as the whole one, and how fast is it beside it?
+
+    Example: daaswarm bench parity --model ./OLMoE-1B-7B --hosts 3
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype!r} is not known", hint=f"choose from {', '.join(DTYPES)}")
+    output = Output(as_json=as_json)
+
+    async def run(folder: DataDir, config: Any) -> dict[str, Any]:
+        from daaswarm.bench.parity import run_parity
+
+        return await run_parity(
+            folder, config, model, hosts=hosts, tokens=tokens, dtype=dtype, across=across, emit=partial(_show, output)
+        )
+
+    _measure(run, data_dir, output)
+
+
+@app.command("expert")
+def expert(
+    kind: Annotated[str, typer.Option("--expert", help="nop returns its rows, ffn is dim → 4 dim → dim.")] = "nop",
+    dim: Annotated[int, typer.Option("--dim", min=1, max=65_536)] = 576,
+    batch: Annotated[int, typer.Option("--batch", min=1, max=65_536, help="Rows a call.")] = 1,
+    callers: Annotated[int, typer.Option("--callers", min=1, max=256, help="Calls at the same time.")] = 64,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, max=600)] = 5.0,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Calls a second to one expert in another process, and the time of one.
+
+    Example: daaswarm bench expert --expert ffn --callers 64
+    """
+    if kind not in ("nop", "ffn"):
+        raise ConfigError(f"--expert {kind!r} is not known", hint="choose nop or ffn")
+    output = Output(as_json=as_json)
+
+    async def run(folder: DataDir, config: Any) -> dict[str, Any]:
+        from daaswarm.bench.expert_calls import run_expert_calls
+
+        with tempfile.TemporaryDirectory(prefix="daaswarm-") as host_dir:
+            return await run_expert_calls(
+                folder, config, kind=kind, dim=dim, batch=batch, callers=callers, seconds=seconds, host_dir=host_dir
+            )
+
+    _measure(run, data_dir, output)
+
+
+@app.command("serve-expert", hidden=True)
+def serve_expert(
+    kind: Annotated[str, typer.Option("--expert")] = "nop",
+    dim: Annotated[int, typer.Option("--dim", min=1, max=65_536)] = 576,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The host process of ``bench expert``."""
+    from daaswarm.bench.expert_calls import serve
+    from daaswarm.cli.supervise import ended_by_eof
+
+    output = Output(as_json=as_json)
+    folder = open_data_dir(data_dir)
+    config = read_config(folder)
+
+    async def run() -> None:
+        async with ended_by_eof(True):
+            await serve(folder, config, "ffn" if kind == "ffn" else "nop", dim, partial(_show, output))
+
+    raise typer.Exit(run_async(run, config))
+
+
+def _measure(run: Any, data_dir: Path | None, output: Output) -> None:
+    """Run one benchmark with an identity of its own, unless a folder was named, and show its figures."""
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="daaswarm-") as folder:
+        own = open_data_dir(data_dir) if data_dir is not None else DataDir(Path(folder))
+        config = read_config(own)
+
+        async def command() -> None:
+            result.update(await run(own, config))
+
+        code = run_async(command, config)
+    if result:
+        output.end_progress()
+        if output.as_json:
+            output.json(result)
+        else:
+            table = Table(box=None, show_header=False, pad_edge=False)
+            for name, value in result.items():
+                table.add_row(name, f"{value}")
+            output.answers.print(table)
+    raise typer.Exit(code)
+
+
+async def _show(output: Output, event: dict[str, Any]) -> None:
+    show(event, output)

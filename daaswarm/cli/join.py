@@ -1,0 +1,44 @@
+"""``daaswarm join``: run a node in the foreground."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import typer
+
+from daaswarm.cli.options import (
+    AnnounceOption,
+    BootstrapOption,
+    DataDirOption,
+    JsonOption,
+    ListenOption,
+    open_data_dir,
+    read_config,
+)
+from daaswarm.cli.output import Output
+from daaswarm.cli.run import run_async, show
+
+
+def join(
+    bootstrap: BootstrapOption = None,
+    listen: ListenOption = None,
+    announce: AnnounceOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a node until Ctrl-C. Other commands on the same folder attach to it.
+
+    Example: daaswarm join --listen /ip4/0.0.0.0/tcp/4001
+    """
+    from daaswarm.node import run_node
+
+    output = Output(as_json=as_json)
+    folder = open_data_dir(data_dir)
+    config = read_config(folder, bootstrap=bootstrap, listen=listen, announce=announce)
+    code = run_async(partial(run_node, folder, config, partial(_show, output)), config)
+    output.message("stopped")
+    raise typer.Exit(code)
+
+
+async def _show(output: Output, event: dict[str, object]) -> None:
+    show(event, output)

@@ -1,0 +1,56 @@
+"""Options that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from daaswarm.config import Config, get_default_data_dir, load_config
+from daaswarm.store.data_dir import DataDir
+
+DataDirOption = Annotated[
+    Path | None,
+    typer.Option("--data-dir", envvar="DAASWARM_HOME", show_envvar=True, help="Folder of this node: key, settings, lock."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON lines on standard output, nothing else.")]
+BootstrapOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--bootstrap",
+        metavar="ADDR",
+        help="Address of any node of the swarm, as its ready line printed it: /ip4/…/tcp/…/p2p/…. Repeatable.",
+    ),
+]
+ListenOption = Annotated[
+    str | None,
+    typer.Option("--listen", metavar="ADDR", help="Where to accept connections (default: loopback, a free port)."),
+]
+AnnounceOption = Annotated[
+    list[str] | None,
+    typer.Option("--announce", metavar="ADDR", help="Address to tell others instead of --listen's. Repeatable."),
+]
+
+
+def open_data_dir(path: Path | None) -> DataDir:
+    """The folder given, or the default one."""
+    return DataDir((path or get_default_data_dir()).expanduser())
+
+
+def read_config(
+    data_dir: DataDir,
+    *,
+    bootstrap: list[str] | None = None,
+    listen: str | None = None,
+    announce: list[str] | None = None,
+    **flags: object,
+) -> Config:
+    """Settings with this command's flags on top; ``flags`` are keys with ``__`` for the dot."""
+    given: dict[str, object] = {
+        "network.bootstrap": bootstrap or None,
+        "network.listen": listen,
+        "network.announce": announce or None,
+    }
+    given.update({name.replace("__", "."): value for name, value in flags.items()})
+    return load_config(data_dir.config_path, flags=given)

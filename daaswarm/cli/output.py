@@ -1,0 +1,107 @@
+"""What a command shows: text and one-line messages for people, JSON lines for scripts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from daaswarm.api.control import describe_error
+from daaswarm.errors import DaaswarmError
+
+
+class Output:
+    """Answers go to standard output; messages and progress to standard error.
+
+    Args:
+        as_json: JSON lines on standard output and nothing else there.
+    """
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+        self.console = Console(stderr=True, highlight=False)
+        self.answers = Console(highlight=False)
+        self._progress: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._at_line_start = True
+
+    def json(self, event: dict[str, Any]) -> None:
+        """One line of JSON, if that was asked for."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(event, ensure_ascii=False) + "\n")
+            sys.stdout.flush()
+
+    def message(self, text: str) -> None:
+        """A line for people about what is going on."""
+        self.end_progress()
+        self.end_line()
+        if not self.as_json:
+            self.console.print(text, soft_wrap=True, markup=False)
+
+    def text(self, piece: str) -> None:
+        """A piece of the answer, as it comes."""
+        self.end_progress()
+        if not self.as_json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+            self._at_line_start = piece.endswith("\n")
+
+    def end_line(self) -> None:
+        """Start what follows on a line of its own."""
+        if not self._at_line_start:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+            self._at_line_start = True
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Show one event of a command that runs for a while."""
+        if event.get("event") == "progress":
+            self.progress(event["what"], event["done"], event["total"], event.get("unit", "bytes"))
+            self.json(event)
+            return
+        self.json(event)
+        if event.get("event") == "message":
+            self.message(event["text"])
+
+    def progress(self, what: str, done: int, total: int, unit: str = "bytes") -> None:
+        """A bar on a terminal; nothing where nobody watches."""
+        if self.as_json or not self.console.is_terminal:
+            return
+        if self._progress is None:
+            self._progress = Progress(
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+                TimeRemainingColumn(), console=self.console, transient=True,
+            )  # fmt: skip
+            self._progress.start()
+        if what not in self._tasks:
+            self._tasks[what] = self._progress.add_task(what, total=total)
+        self._progress.update(self._tasks[what], completed=done, total=total)
+        if all(task.finished for task in self._progress.tasks):
+            self.end_progress()
+
+    def end_progress(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+            self._tasks = {}
+
+    def error(self, error: DaaswarmError, described: dict[str, Any] | None = None) -> None:
+        """The last thing a failed command says: cause and next step."""
+        self.end_progress()
+        self.end_line()
+        if self.as_json:
+            self.json(described or describe_error(error))
+            return
+        self.console.print(f"[bold red]error:[/bold red] {escape(error.message)}", soft_wrap=True)
+        if error.hint:
+            self.console.print(f"[dim]hint:[/dim] {escape(error.hint)}", soft_wrap=True)
+
+
+def escape(text: str) -> str:
+    """Text from outside must not be read as markup, nor move the cursor."""
+    from rich.markup import escape as escape_markup
+
+    return escape_markup("".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text))

@@ -1,0 +1,116 @@
+"""What a host lets in: bounded by count and by expected waiting time, served in turn among peers."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+
+import msgspec
+
+from daaswarm.limits import CALLS_PER_HOST, CALLS_PER_PEER
+from daaswarm.types import PeerId
+
+QUEUE_SHARE = 0.5  # of its deadline that a call may wait; the rest is for computing and the way back
+SMOOTHING = 0.2  # weight of the newest service time
+RETRY_MIN_S = 0.01
+RETRY_MAX_S = 5.0
+
+
+class Ticket(msgspec.Struct, frozen=True, eq=False):
+    """An admitted call. ``late_at`` (Unix time, s): after it nobody waits for the answer."""
+
+    peer: PeerId
+    work_rows: int
+    late_at: float
+
+
+class Admitted(msgspec.Struct, frozen=True):
+    ticket: Ticket
+
+
+class Refused(msgspec.Struct, frozen=True):
+    retry_after_s: float
+    reason: str
+
+
+class Admission:
+    """The queue before the experts. Call :meth:`try_admit`, :meth:`next`, then :meth:`finish` for each ticket."""
+
+    def __init__(self, *, calls_per_peer: int = CALLS_PER_PEER, calls_per_host: int = CALLS_PER_HOST) -> None:
+        self._calls_per_peer = calls_per_peer
+        self._calls_per_host = calls_per_host
+        self._queues: OrderedDict[PeerId, deque[Ticket]] = OrderedDict()  # whose turn is next comes first
+        self._per_peer: dict[PeerId, int] = {}  # waiting and running
+        self._running: set[Ticket] = set()
+        self._rows = 0  # waiting and running
+        self._row_s = 0.0  # EWMA; 0 until the first call is done, which admits by count alone
+
+    @property
+    def queue_depth(self) -> int:
+        """Calls that wait; rides on every reply for the requesters' routers."""
+        return sum(map(len, self._queues.values()))
+
+    @property
+    def expected_wait_s(self) -> float:
+        """How long the work already admitted will take."""
+        return self._rows * self._row_s
+
+    def try_admit(self, peer: PeerId, work_rows: int, deadline_s: float, now: float) -> Admitted | Refused:
+        """Takes a call of ``work_rows`` (rows x experts) that is worth nothing after ``deadline_s`` from now."""
+        wait_s = self.expected_wait_s
+        if self._per_peer.get(peer, 0) >= self._calls_per_peer:
+            return self._refuse(wait_s, f"{self._calls_per_peer} calls of this peer are in flight")
+        if sum(self._per_peer.values()) >= self._calls_per_host:
+            return self._refuse(wait_s, f"{self._calls_per_host} calls are in flight")
+        if wait_s > QUEUE_SHARE * deadline_s:
+            return self._refuse(
+                wait_s - QUEUE_SHARE * deadline_s, f"the queue takes {wait_s:.2f} s, the deadline is {deadline_s:.2f} s"
+            )
+        ticket = Ticket(peer, work_rows, now + deadline_s)
+        self._queues.setdefault(peer, deque()).append(ticket)
+        self._per_peer[peer] = self._per_peer.get(peer, 0) + 1
+        self._rows += work_rows
+        return Admitted(ticket)
+
+    def next(self) -> Ticket | None:
+        """The call to compute now: each waiting peer in turn, in order within a peer. None when nothing waits."""
+        if not self._queues:
+            return None
+        peer, queue = next(iter(self._queues.items()))
+        ticket = queue.popleft()
+        if queue:
+            self._queues.move_to_end(peer)
+        else:
+            del self._queues[peer]
+        self._running.add(ticket)
+        return ticket
+
+    def finish(self, ticket: Ticket, service_s: float | None = None) -> None:
+        """``ticket`` was computed in ``service_s``, or (None) came to nothing: cancelled, late or failed."""
+        if ticket in self._running:
+            self._running.remove(ticket)
+        else:
+            queue = self._queues.get(ticket.peer)
+            if queue is None or ticket not in queue:
+                return
+            queue.remove(ticket)
+            if not queue:
+                del self._queues[ticket.peer]
+        self._rows -= ticket.work_rows
+        self._per_peer[ticket.peer] -= 1
+        if not self._per_peer[ticket.peer]:
+            del self._per_peer[ticket.peer]
+        if service_s is not None:
+            row_s = service_s / max(ticket.work_rows, 1)
+            self._row_s = row_s if not self._row_s else self._row_s + SMOOTHING * (row_s - self._row_s)
+
+    def validate(self) -> None:
+        """Asserts the invariants."""
+        tickets = [t for queue in self._queues.values() for t in queue] + list(self._running)
+        assert all(self._queues.values()), "an empty queue takes a turn"
+        assert self._rows == sum(t.work_rows for t in tickets)
+        assert len(tickets) == sum(self._per_peer.values()) <= self._calls_per_host
+        for peer, count in self._per_peer.items():
+            assert 0 < count == sum(t.peer == peer for t in tickets) <= self._calls_per_peer
+
+    def _refuse(self, retry_after_s: float, reason: str) -> Refused:
+        return Refused(min(max(retry_after_s, RETRY_MIN_S), RETRY_MAX_S), reason)

@@ -1,0 +1,248 @@
+"""Which replica computes which expert of one layer call, so that the slowest part of it ends soonest.
+
+A call's predicted time is ``max over peers (fixed + units x unit) + EXTRA_PEER_S x peers``: makespan scheduling on
+unrelated machines with a set-up cost, solved greedily (largest first, Graham 1969) and then by dropping peers that
+don't pay for themselves. The estimates come from the replies; a call that looks like an earlier one reuses its plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+
+from daaswarm.core.rng import Rng
+from daaswarm.errors import NoPeerCouldServe
+from daaswarm.types import PeerId
+
+EXTRA_PEER_S = 100e-6  # a further frame costs the requester about this: encode, send, receive, add
+PRIOR_FIXED_S = 1e-3  # of a peer never called: a local network's round trip
+PRIOR_UNIT_S = 50e-6  # of one row through one expert
+OPTIMISM = 0.9  # a newcomer is thought this much faster than the best known, so that it is tried once
+SMOOTHING = 0.2  # weight of the newest observation: five calls to follow a change
+MOVED = 0.25  # relative change of an estimate that makes plans worth remaking; less is noise
+FORGET_S = 60.0  # a peer not called for this long is a newcomer again, or a slow spell would be for ever
+COOLDOWN_S = 1.0  # after a failure, doubled by each further one
+COOLDOWN_MAX_S = 60.0
+QUEUE_FRESH_S = 1.0  # a queue depth older than this says nothing
+PLANS = 4_096  # remembered
+PLAN_S = 1.0  # that a plan is reused for at most, since cool-downs end and estimates age
+PEERS = 8_192  # with an estimate; the longest unused goes
+
+Plan = dict[PeerId, list[int]]
+_NOBODY: frozenset[PeerId] = frozenset()
+_PlanKey = tuple[tuple[tuple[int, int], ...], tuple[tuple[PeerId, ...], ...]]
+
+
+_Estimate = tuple[float, float]  # (fixed s, s per unit)
+
+
+class _Peer:
+    """What replies taught about one peer, by size class: large batches cost less per row and more on the wire."""
+
+    __slots__ = ("by_size", "cool_until", "failures", "planned", "queue_at", "queue_s", "tie", "used_at")
+
+    def __init__(self, tie: float, now: float) -> None:
+        self.tie = tie  # so that requesters don't all prefer the same one of several equals
+        self.by_size: dict[int, _Estimate] = {}
+        self.queue_s = 0.0
+        self.queue_at = 0.0
+        self.used_at = now
+        self.failures = 0
+        self.cool_until = 0.0
+        self.planned: dict[int, _Estimate] = {}  # what live plans rest on
+
+
+class ReplicaRouter:
+    """One requester's choice of replicas, over all its calls."""
+
+    def __init__(self, rng: Rng) -> None:
+        self._rng = rng
+        self._peers: dict[PeerId, _Peer] = {}
+        self._plans: dict[_PlanKey, tuple[float, Plan]] = {}
+
+    def choose(
+        self,
+        layer: int,
+        rows: Mapping[int, int],
+        candidates: Mapping[int, Sequence[PeerId]],
+        now: float,
+        exclude: AbstractSet[PeerId] = _NOBODY,
+    ) -> Plan:
+        """``{peer: [experts]}``: every expert of ``rows`` exactly once, at one of its candidates.
+
+        Args:
+            rows: how many rows go to each expert.
+            candidates: who holds each expert.
+            exclude: peers that already failed this call. A cooling peer is used only if nobody else can.
+
+        Returns:
+            A plan that may be shared with later calls: read it, don't change it.
+
+        Raises:
+            NoPeerCouldServe: with every expert of ``layer`` that has no candidate left.
+        """
+        if exclude:
+            return self._plan(layer, rows, candidates, now, exclude)
+        key = (tuple(rows.items()), tuple([tuple(candidates.get(expert, ())) for expert in rows]))
+        cached = self._plans.get(key)
+        if cached is not None and now < cached[0]:
+            return cached[1]
+        plan = self._plan(layer, rows, candidates, now, exclude)
+        if len(self._plans) >= PLANS:
+            self._plans.clear()
+        self._plans[key] = (now + PLAN_S, plan)
+        return plan
+
+    def note_reply(
+        self,
+        peer: PeerId,
+        rows_x_experts: int,
+        elapsed_s: float,
+        service_s: float,
+        queue_depth: int,
+        now: float,
+        *,
+        experts: int = 1,
+    ) -> None:
+        """``peer`` answered: ``rows_x_experts`` units of work (spread over ``experts``) took ``elapsed_s`` in all.
+
+        ``service_s`` and ``queue_depth`` are the peer's own word; neither can make it look faster than ``elapsed_s``.
+        """
+        state = self._get(peer, now)
+        units = max(rows_x_experts, 1)
+        service_s = min(max(service_s, 0.0), elapsed_s)
+        size = _get_size_class(units / max(experts, 1))
+        fixed_s, unit_s = elapsed_s - service_s, service_s / units
+        if size in state.by_size:
+            old = state.by_size[size]
+            fixed_s, unit_s = old[0] + SMOOTHING * (fixed_s - old[0]), old[1] + SMOOTHING * (unit_s - old[1])
+        state.by_size[size] = fixed_s, unit_s
+        state.queue_s, state.queue_at = queue_depth * service_s, now
+        state.used_at = now
+        if state.failures:
+            state.failures, state.cool_until = 0, 0.0
+            self._plans.clear()
+        elif any(_moved(_estimate(state, planned, now), old) for planned, old in state.planned.items()):
+            self._plans.clear()
+
+    def note_failure(self, peer: PeerId, now: float) -> None:
+        """``peer`` didn't answer, or wrongly: it cools down for 1 s, 2 s, 4 s ... at most :data:`COOLDOWN_MAX_S`."""
+        state = self._get(peer, now)
+        state.cool_until = now + min(COOLDOWN_S * 2.0 ** min(state.failures, 16), COOLDOWN_MAX_S)
+        state.failures += 1
+        state.used_at = now
+        self._plans.clear()
+
+    def is_cooling(self, peer: PeerId, now: float) -> bool:
+        """True while ``peer`` is used only if nobody else can."""
+        state = self._peers.get(peer)
+        return state is not None and now < state.cool_until
+
+    def get_estimate_s(self, peer: PeerId, rows: int, experts: int, now: float) -> float:
+        """The predicted time of one call: ``rows`` rows through each of ``experts`` experts."""
+        fixed_s, unit_s = _estimate(self._get(peer, now), _get_size_class(rows), now) or (PRIOR_FIXED_S, PRIOR_UNIT_S)
+        return fixed_s + rows * experts * unit_s
+
+    def _plan(
+        self,
+        layer: int,
+        rows: Mapping[int, int],
+        candidates: Mapping[int, Sequence[PeerId]],
+        now: float,
+        exclude: AbstractSet[PeerId],
+    ) -> Plan:
+        usable: dict[int, Sequence[PeerId]] = {}
+        missing: list[int] = []
+        for expert in rows:
+            peers = [peer for peer in candidates.get(expert, ()) if peer not in exclude]
+            usable[expert] = [peer for peer in peers if not self.is_cooling(peer, now)] or peers
+            if not peers:
+                missing.append(expert)
+        if missing:
+            raise NoPeerCouldServe(
+                f"no live host for {len(missing)} of {len(rows)} experts of layer {layer}",
+                hint="wait for hosts to return, or host the missing experts yourself",
+                missing={layer: sorted(missing)},
+            )
+        if not rows:
+            return {}
+        size = _get_size_class(sum(rows.values()) / len(rows))
+        states = {peer: self._get(peer, now) for peers in usable.values() for peer in peers}
+        estimates = {peer: _estimate(state, size, now) for peer, state in states.items()}
+        known = [estimate for estimate in estimates.values() if estimate is not None]
+        newcomer = (
+            OPTIMISM * min([fixed for fixed, _ in known], default=PRIOR_FIXED_S),
+            OPTIMISM * min([unit for _, unit in known], default=PRIOR_UNIT_S),
+        )
+        costs: dict[PeerId, tuple[float, float, float]] = {}
+        for peer, state in states.items():
+            estimate = state.planned[size] = estimates[peer] or newcomer
+            costs[peer] = (*estimate, state.tie)
+        # Largest first; among equals those with the fewest choices first, then by number, so that plans are stable.
+        order = sorted(rows, key=lambda expert: (-rows[expert], len(usable[expert]), expert))
+        best_s, best = _spread(order, rows, usable, costs)
+        # Drop the peer with the least to do for as long as the others do it sooner than an extra frame costs.
+        while len(best) > 1:
+            least = min(best, key=lambda peer: (len(best[peer]), -costs[peer][0], costs[peer][2]))
+            left = {expert: [p for p in usable[expert] if p in best and p != least] for expert in order}
+            if not all(left.values()):
+                break
+            fewer_s, fewer = _spread(order, rows, left, costs)
+            if fewer_s >= best_s:
+                break
+            best_s, best = fewer_s, fewer
+        return {peer: sorted(experts) for peer, experts in best.items()}
+
+    def _get(self, peer: PeerId, now: float) -> _Peer:
+        state = self._peers.get(peer)
+        if state is None:
+            if len(self._peers) >= PEERS:
+                del self._peers[min(self._peers, key=lambda known: self._peers[known].used_at)]
+            state = self._peers[peer] = _Peer(self._rng.random(), now)
+        elif now - state.used_at > FORGET_S:
+            state.by_size.clear()
+        return state
+
+
+def _spread(
+    order: list[int],
+    rows: Mapping[int, int],
+    usable: Mapping[int, Sequence[PeerId]],
+    costs: Mapping[PeerId, tuple[float, float, float]],
+) -> tuple[float, Plan]:
+    """Each expert in turn to the peer that would end first. Returns (predicted s, plan)."""
+    plan: Plan = {}
+    ends: dict[PeerId, float] = {}
+    for expert in order:
+        units = rows[expert]
+        chosen: PeerId | None = None
+        chosen_end = chosen_tie = 0.0
+        for peer in usable[expert]:
+            fixed_s, unit_s, tie = costs[peer]
+            end = ends.get(peer, fixed_s) + units * unit_s
+            if chosen is None or end < chosen_end or (end == chosen_end and tie < chosen_tie):
+                chosen, chosen_end, chosen_tie = peer, end, tie
+        assert chosen is not None
+        ends[chosen] = chosen_end
+        plan.setdefault(chosen, []).append(expert)
+    return max(ends.values()) + EXTRA_PEER_S * len(plan), plan
+
+
+def _get_size_class(rows: float) -> int:
+    """1 row → 0, 2-7 → 1, 8-31 → 2, 32-127 → 3 ..."""
+    return int(rows).bit_length() // 2
+
+
+def _estimate(state: _Peer, size: int, now: float) -> _Estimate | None:
+    """What is known of a peer for a size class, or else for the nearest one; None for a newcomer."""
+    if not state.by_size:
+        return None
+    estimate = state.by_size.get(size) or state.by_size[min(state.by_size, key=lambda known: abs(known - size))]
+    if now - state.queue_at < QUEUE_FRESH_S:
+        # Waiting shows in the elapsed time too, so the larger of both, not the sum.
+        return max(estimate[0], state.queue_s), estimate[1]
+    return estimate
+
+
+def _moved(new: _Estimate | None, old: _Estimate) -> bool:
+    return new is None or any(abs(a - b) > MOVED * max(b, 1e-6) for a, b in zip(new, old, strict=True))

@@ -1,0 +1,168 @@
+"""Every error that daaswarm raises on purpose, grouped by who has to act.
+
+The text of an error says what happened and to what; ``hint`` says what to do next. ``code`` is a stable
+word for scripts (``{"error": {"code": ...}}``) and on the wire.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import ClassVar
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
+
+
+class DaaswarmError(Exception):
+    """Base of all errors raised on purpose.
+
+    Args:
+        message: what happened, to what.
+        hint: the next step for whoever has to act; may be empty.
+    """
+
+    code: ClassVar[str] = "error"
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class ConfigError(DaaswarmError):
+    """The user has to act: a bad argument, file, key, model or address. Exit code 2."""
+
+    code = "bad_input"
+
+
+class ModelError(ConfigError):
+    """A model that can't be used: unknown, damaged, altered, unsupported, quantised."""
+
+    code = "bad_model"
+
+
+class Offline(DaaswarmError):
+    """Something must be fetched and can't be."""
+
+    code = "offline"
+
+
+class LocalProtocolError(DaaswarmError):
+    """Our own code asked for something the protocol forbids (too large, after close). Nobody else is to blame."""
+
+    code = "local_protocol_error"
+
+
+class RemoteProtocolError(DaaswarmError):
+    """The peer broke the protocol: garbage, oversized or truncated frames, a wrong certificate.
+
+    Args:
+        reject: the connection ends and the peer is scored; otherwise only the message is dropped.
+    """
+
+    code = "remote_protocol_error"
+
+    def __init__(self, message: str, *, hint: str = "", reject: bool = True) -> None:
+        super().__init__(message, hint=hint)
+        self.reject = reject
+
+
+class PeerIdMismatch(RemoteProtocolError):
+    """Whoever answered at an address proved another PeerId than the address names."""
+
+    code = "peer_id_mismatch"
+
+
+class Unreachable(DaaswarmError):
+    """No connection could be made: refused, no route, silent past the deadline."""
+
+    code = "unreachable"
+
+
+class ConnectionLost(DaaswarmError):
+    """The connection ended while something was still expected from it."""
+
+    code = "connection_lost"
+
+
+class DeadlineExceeded(DaaswarmError):
+    """No answer before the deadline."""
+
+    code = "deadline_exceeded"
+
+
+class Busy(DaaswarmError):
+    """The peer refused because a queue is full. ``retry_after_s`` says when to try again."""
+
+    code = "busy"
+
+    def __init__(self, message: str, *, hint: str = "", retry_after_s: float = 0.1) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
+
+
+class TooLarge(DaaswarmError):
+    """A message is over its limit; the limit is named."""
+
+    code = "too_large"
+
+
+class ExpertError(DaaswarmError):
+    """The host has to act: it doesn't hold the expert, or computing failed."""
+
+    code = "expert_error"
+
+
+class NoPeerCouldServe(DaaswarmError):
+    """No live host for some experts. Exit code 3.
+
+    Args:
+        missing: ``{layer: [experts]}`` without a live host.
+        text: what had been generated before.
+    """
+
+    code = "no_peer"
+
+    def __init__(
+        self, message: str, *, hint: str = "", missing: dict[int, list[int]] | None = None, text: str = ""
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.missing = missing or {}
+        self.text = text
+
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_NO_PEER = 3
+EXIT_INTERRUPTED = 130
+
+
+def get_exit_code(error: DaaswarmError) -> int:
+    """The exit code of the command line for an error (the contract is in ``docs/reference/cli.md``)."""
+    if isinstance(error, ConfigError):
+        return EXIT_BAD_INPUT
+    if isinstance(error, NoPeerCouldServe | Unreachable):
+        return EXIT_NO_PEER
+    return EXIT_FAILED
+
+
+@contextlib.contextmanager
+def unwrap_groups() -> Iterator[None]:
+    """Turn the exception group of a nursery into the one error of ours in it.
+
+    A nursery wraps whatever ends it in a group. Where all that went wrong is errors raised on purpose, the first
+    is what the caller has to act on; a group with anything else in it is a bug and passes unchanged.
+    """
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        ours, others = group.split(DaaswarmError)
+        if ours is None or others is not None:
+            raise
+        error: BaseException = ours
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None

@@ -1,0 +1,1 @@
+"""Hosting: what this node computes for others."""

@@ -1,0 +1,205 @@
+"""Answers expert calls with the experts that this node holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import trio
+
+from daaswarm.core.admission import Admission, Refused, Ticket
+from daaswarm.errors import Busy, ExpertError, RemoteProtocolError
+from daaswarm.messages import ExpertCall, ExpertReply
+from daaswarm.types import DTYPE_BYTES, Dtype, ModelRoot, PeerId, format_range
+
+if TYPE_CHECKING:
+    from collections.abc import Buffer  # type: ignore[attr-defined]
+
+# A call up to this size is computed where it arrives: a thread hop each way costs more than the compute
+# (measured: docs/explanation/performance.md), and the loop is held for a few milliseconds at most.
+INLINE_BYTES = 32 << 20  # weights touched
+INLINE_ROWS = 4  # rows; the work per weight read
+
+TORCH_DTYPES: dict[str, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+class Layer(Protocol):
+    """What a host holds of one layer (``models.experts.LayerExperts``; benchmarks bring their own)."""
+
+    ids: list[int]
+    nbytes: int
+
+    def compute_pairs(
+        self, rows: torch.Tensor, row_index: torch.Tensor, expert_index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor: ...
+
+    def compute_slices(self, rows: torch.Tensor, slices: list[int]) -> torch.Tensor: ...
+
+
+@dataclass
+class HostedModel:
+    """The part of one model that this node serves."""
+
+    root: ModelRoot
+    name: str
+    kind: str
+    hidden: int
+    dtype: Dtype
+    layers: dict[int, Layer]
+    calls: int = 0
+    rows: int = 0
+    ids: dict[int, frozenset[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.ids = {layer: frozenset(experts.ids) for layer, experts in self.layers.items()}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers.values())
+
+
+class ExpertService:
+    """All models that this node serves experts of.
+
+    Args:
+        threads: torch's threads for computing; 0 for one per core.
+    """
+
+    def __init__(self, *, threads: int = 0) -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        self.models: dict[tuple[ModelRoot, Dtype], HostedModel] = {}
+        self._admission = Admission()
+        self._turns: dict[Ticket, trio.Event] = {}
+        self._computing = False
+
+    def add(self, model: HostedModel) -> None:
+        """Serve a model's experts from now on, beside those already served."""
+        key = model.root, model.dtype
+        known = self.models.get(key)
+        layers = {**known.layers, **model.layers} if known else model.layers
+        self.models[key] = HostedModel(model.root, model.name, model.kind, model.hidden, model.dtype, layers)
+
+    def remove(self, root: ModelRoot, dtype: Dtype) -> None:
+        """Stop serving a model. Calls in flight keep their weights alive until they are done."""
+        self.models.pop((root, dtype), None)
+
+    def serve_inline(self, peer: PeerId, call: ExpertCall, body: memoryview) -> tuple[ExpertReply, Sequence[Buffer]] | None:
+        """Compute a small call at once; ``None`` for one that belongs in a thread.
+
+        Raises:
+            ExpertError: not held here.
+            RemoteProtocolError: the call contradicts itself or its body.
+        """
+        hosted, layer = self._check(call, len(body))
+        touched = layer.nbytes * len(call.experts) // max(1, len(layer.ids))
+        if call.rows > INLINE_ROWS or touched > INLINE_BYTES:
+            return None
+        return self._compute(hosted, layer, call, body)
+
+    async def serve(
+        self, peer: PeerId, call: ExpertCall, body: memoryview, deadline_s: float
+    ) -> tuple[ExpertReply, Sequence[Buffer]]:
+        """Compute a call in the worker thread, in its turn.
+
+        Raises:
+            Busy: the queue is longer than half of the call's deadline.
+            ExpertError, RemoteProtocolError: as :meth:`serve_inline`.
+        """
+        hosted, layer = self._check(call, len(body))
+        work = call.pairs or call.rows * len(call.experts)
+        admitted = self._admission.try_admit(peer, work, deadline_s, trio.current_time())
+        if isinstance(admitted, Refused):
+            raise Busy(
+                f"this host's queue is full: {admitted.reason}",
+                hint=f"try again in {admitted.retry_after_s:.2f} s, or another replica",
+                retry_after_s=admitted.retry_after_s,
+            )
+        ticket, service_s = admitted.ticket, None
+        turn = self._turns[ticket] = trio.Event()
+        self._start_next()
+        try:
+            await turn.wait()
+            started = trio.current_time()
+            answer = await trio.to_thread.run_sync(self._compute, hosted, layer, call, body)
+            service_s = trio.current_time() - started
+            return answer
+        finally:
+            del self._turns[ticket]
+            self._admission.finish(ticket, service_s)
+            if turn.is_set():
+                self._computing = False
+                self._start_next()
+
+    def _start_next(self) -> None:
+        """One call at a time: torch itself uses all the threads it may."""
+        if not self._computing and (ticket := self._admission.next()) is not None:
+            self._computing = True
+            self._turns[ticket].set()
+
+    def compute(self, call: ExpertCall, body: memoryview) -> tuple[ExpertReply, Sequence[Buffer]]:
+        """Compute a call of this node's own, in the calling thread.
+
+        Raises:
+            ExpertError, RemoteProtocolError: as :meth:`serve_inline`.
+        """
+        return self._compute(*self._check(call, len(body)), call, body)
+
+    def _check(self, call: ExpertCall, body_bytes: int) -> tuple[HostedModel, Layer]:
+        hosted = self.models.get((call.model_root, call.dtype))  # type: ignore[arg-type]
+        if hosted is None:
+            raise ExpertError(
+                f"model {call.model_root[:12]} in {call.dtype} is not held here", hint="ask for this peer's adverts"
+            )
+        layer = hosted.layers.get(call.layer)
+        if layer is None or not hosted.ids[call.layer].issuperset(call.experts):
+            lacking = sorted(set(call.experts) - hosted.ids.get(call.layer, frozenset()))
+            raise ExpertError(
+                f"layer {call.layer}: experts {format_range(lacking)} are not held here",
+                hint="ask for this peer's adverts",
+            )
+        expected = call.rows * call.hidden * DTYPE_BYTES[call.dtype] + 12 * call.pairs
+        if call.hidden != hosted.hidden or body_bytes != expected or (call.pairs == 0) != (hosted.kind == "dense"):
+            raise RemoteProtocolError(
+                f"expert call: {call.rows} x {call.hidden} rows with {call.pairs} pairs in {body_bytes} bytes "
+                f"don't fit a {hosted.kind} model of width {hosted.hidden}",
+                reject=False,
+            )
+        return hosted, layer
+
+    def _compute(
+        self, hosted: HostedModel, layer: Layer, call: ExpertCall, body: memoryview
+    ) -> tuple[ExpertReply, Sequence[Buffer]]:
+        started = time.perf_counter_ns()
+        rows = torch.frombuffer(body, dtype=TORCH_DTYPES[call.dtype], count=call.rows * call.hidden)
+        rows = rows.view(call.rows, call.hidden)
+        with torch.inference_mode():
+            if call.pairs:
+                row_index, expert_index, weights = self._read_pairs(call, hosted.ids[call.layer], body)
+                sums = layer.compute_pairs(rows, row_index, expert_index, weights)
+            else:
+                sums = layer.compute_slices(rows, call.experts)
+        hosted.calls += 1
+        hosted.rows += call.rows
+        reply = ExpertReply(
+            rows=call.rows,
+            hidden=call.hidden,
+            service_us=(time.perf_counter_ns() - started) // 1000,
+            queue_depth=self._admission.queue_depth,
+        )
+        return reply, [memoryview(sums.contiguous().numpy()).cast("B")]
+
+    def _read_pairs(
+        self, call: ExpertCall, held: frozenset[int], body: memoryview
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(pairs,) rows int64, (pairs,) experts int64, (pairs,) weights f32; every number checked."""
+        at = call.rows * call.hidden * DTYPE_BYTES[call.dtype]
+        rows = torch.frombuffer(body, dtype=torch.int32, offset=at, count=call.pairs).long()
+        experts = torch.frombuffer(body, dtype=torch.int32, offset=at + 4 * call.pairs, count=call.pairs).long()
+        weights = torch.frombuffer(body, dtype=torch.float32, offset=at + 8 * call.pairs, count=call.pairs)
+        if int(rows.min()) < 0 or int(rows.max()) >= call.rows or not held.issuperset(experts.unique().tolist()):
+            raise RemoteProtocolError("expert call: a pair names a row or expert outside the call", reject=False)
+        return rows, experts, weights

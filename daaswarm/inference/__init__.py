@@ -1,0 +1,1 @@
+"""Requesting: running a model whose experts are elsewhere."""

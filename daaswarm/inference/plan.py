@@ -1,0 +1,54 @@
+"""Who may compute what of one answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from daaswarm.core.adverts import format_missing, get_missing
+from daaswarm.errors import NoPeerCouldServe
+from daaswarm.messages import Contact
+from daaswarm.types import Dtype, ExpertId, ModelRoot, PeerId
+
+
+@dataclass(frozen=True)
+class HostPlan:
+    """The hosts found for one model: which peers hold which experts, in one dtype, and where to dial them."""
+
+    root: ModelRoot
+    dtype: Dtype
+    layers: dict[int, int]  # layer → number of experts (or slices)
+    holders: dict[ExpertId, list[PeerId]]
+    contacts: dict[PeerId, Contact]
+    kind: str = "moe"
+    by_layer: dict[int, dict[int, list[PeerId]]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        by_layer: dict[int, dict[int, list[PeerId]]] = {layer: {} for layer in self.layers}
+        for (layer, expert), peers in self.holders.items():
+            if layer in by_layer:
+                by_layer[layer][expert] = peers
+        object.__setattr__(self, "by_layer", by_layer)
+
+    def get_missing(self, dead: frozenset[PeerId] = frozenset()) -> dict[int, list[int]]:
+        """``{layer: [experts]}`` without a host outside ``dead``."""
+        alive = {e: [p for p in peers if p not in dead] for e, peers in self.holders.items()}
+        return get_missing(self.layers, {e: peers for e, peers in alive.items() if peers})
+
+    def check_complete(self, model_name: str) -> None:
+        """Raises:
+        NoPeerCouldServe: some experts have no host; lists them.
+        """
+        missing = self.get_missing()
+        if missing:
+            raise self.describe_missing(missing, model_name)
+
+
+    def describe_missing(self, missing: dict[int, list[int]], model_name: str) -> NoPeerCouldServe:
+        """The error that names the layers and experts nobody serves."""
+        hosts = len(self.contacts)
+        found = f"{hosts} host{'s' if hosts != 1 else ''} found" if hosts else "no host found"
+        return NoPeerCouldServe(
+            f"{model_name}: no live host for {format_missing(missing, self.layers, kind=self.kind)} ({found})",
+            hint="start daaswarm host-expert for them, or run with --embedded 3",
+            missing=missing,
+        )

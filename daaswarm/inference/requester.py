@@ -1,0 +1,244 @@
+"""One answer from beginning to end: find hosts, load the trunk, generate, report."""
+
+from __future__ import annotations
+
+import logging
+import random
+import statistics
+import threading
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import trio
+
+from daaswarm.core.adverts import Known, choose_dtype
+from daaswarm.core.router import ReplicaRouter
+from daaswarm.errors import NoPeerCouldServe
+from daaswarm.inference.generation import Generated, Prompt, encode_prompt, generate
+from daaswarm.inference.plan import HostPlan
+from daaswarm.inference.swarm_experts import LocalCompute, Stopped, SwarmExperts
+from daaswarm.messages import Contact
+from daaswarm.models.manifest import Progress
+from daaswarm.models.sources import LocalModel
+from daaswarm.models.trunk import load_tokenizer, load_trunk
+from daaswarm.net.network import Network
+from daaswarm.types import DTYPE_BYTES, Dtype, ExpertId, ModelRoot, PeerId
+
+TRUNKS = 2  # kept loaded by a node: the model in use and the one before
+TEXT_BACKLOG = 1024  # pieces of text that a slow reader may be behind before the model waits for it
+
+FindAdverts = Callable[[ModelRoot], Awaitable[list[Known]]]
+Emit = Callable[[dict[str, Any]], Awaitable[None]]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Trunk:
+    """A model without its experts, and what it needs to read and write text."""
+
+    model: Any
+    tokenizer: Any
+    parameters: int
+
+
+class Requester:
+    """Answers prompts with models whose experts are elsewhere. One per node; several answers may run at once.
+
+    Args:
+        network: carries the calls.
+        find_adverts: asks the swarm who serves a model.
+        call_timeout_s: the deadline of one expert call.
+        local: computes a call with this node's own experts.
+        threads: torch's threads; 0 leaves torch's choice.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        find_adverts: FindAdverts,
+        *,
+        call_timeout_s: float,
+        local: LocalCompute | None = None,
+        threads: int = 0,
+    ) -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        self._network = network
+        self._find_adverts = find_adverts
+        self._call_timeout_s = call_timeout_s
+        self._local = local
+        self._router = ReplicaRouter(random.Random())
+        self._trunks: dict[tuple[ModelRoot, Dtype], Trunk] = {}
+        self._loading = trio.Lock()
+        self._current = threading.local()  # .experts: the SwarmExperts of the answer that this thread computes
+
+    async def find_hosts(self, model: LocalModel, dtype: Dtype | None) -> HostPlan:
+        """Who serves the model now, in one dtype."""
+        known = await self._find_adverts(model.root)
+        chosen = choose_dtype(known, dtype)
+        return make_plan(model, known, chosen)
+
+    async def load(self, model: LocalModel, dtype: Dtype, progress: Progress) -> Trunk:
+        """The model's trunk, from memory or disk."""
+        async with self._loading:
+            key = model.root, dtype
+            if key not in self._trunks:
+                trunk = await trio.to_thread.run_sync(self._load, model, dtype, progress)
+                while len(self._trunks) >= TRUNKS:
+                    del self._trunks[next(iter(self._trunks))]
+                self._trunks[key] = trunk
+            return self._trunks[key]
+
+    def _load(self, model: LocalModel, dtype: Dtype, progress: Progress) -> Trunk:
+        def experts(
+            layer: int, rows: torch.Tensor, index: torch.Tensor | None, weights: torch.Tensor | None
+        ) -> torch.Tensor:
+            return self._current.experts(layer, rows, index, weights)
+
+        trunk = load_trunk(model, dtype, experts, progress)
+        return Trunk(trunk, load_tokenizer(model), sum(p.numel() for p in trunk.parameters()))
+
+    def make_experts(self, model: LocalModel, plan: HostPlan) -> SwarmExperts:
+        """The experts of one answer. Call from trio; the object then lives in the model's thread."""
+        return SwarmExperts(
+            plan,
+            self._network,
+            self._router,
+            refresh=lambda: trio.from_thread.run(self.find_hosts, model, plan.dtype),
+            call_timeout_s=self._call_timeout_s,
+            model_name=model.name,
+            local=self._local,
+        )
+
+    async def run(self, experts: SwarmExperts, work: Callable[[], Any]) -> Any:
+        """Run ``work``, which uses a trunk, in a thread where the trunk's experts are ``experts``."""
+
+        def in_thread() -> Any:
+            self._current.experts = experts
+            try:
+                return work()
+            finally:
+                del self._current.experts
+
+        try:
+            # Cancelling doesn't abandon the thread: it ends at its next layer, so that nothing computes on unseen.
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_stop_when_cancelled, experts.stop)
+                result = await trio.to_thread.run_sync(in_thread, abandon_on_cancel=False)
+                nursery.cancel_scope.cancel()
+            return result
+        except Stopped:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            raise
+
+    async def answer(self, model: LocalModel, trunk: Trunk, plan: HostPlan, prompt: Prompt, emit: Emit) -> dict[str, Any]:
+        """Generate; pieces of text go to ``emit`` as they come.
+
+        Raises:
+            NoPeerCouldServe: with the text so far.
+            ConfigError: a prompt that doesn't fit.
+        """
+        ids = encode_prompt(prompt, trunk.tokenizer, model.name)
+        plan.check_complete(model.name)
+        experts = self.make_experts(model, plan)
+        result = Generated()
+        send, receive = trio.open_memory_channel[str](TEXT_BACKLOG)
+
+        async def pass_on() -> None:
+            async for piece in receive:
+                await emit({"event": "text", "text": piece})
+
+        def work() -> None:
+            generate(
+                trunk.model,
+                trunk.tokenizer,
+                ids,
+                prompt,
+                model_name=model.name,
+                on_text=lambda piece: trio.from_thread.run(send.send, piece),
+                is_cancelled=experts.stop.is_set,
+                result=result,
+            )
+
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pass_on)
+                async with send:
+                    await self.run(experts, work)
+        except BaseException as error:
+            lost = find_error(error, NoPeerCouldServe)
+            if lost is None:
+                raise
+            lost.text = result.text
+            raise lost from None
+        return describe(model, trunk, experts, result)
+
+
+async def _stop_when_cancelled(stop: threading.Event) -> None:
+    try:
+        await trio.sleep_forever()
+    finally:
+        stop.set()
+
+
+def find_error(error: BaseException, kind: type[NoPeerCouldServe]) -> NoPeerCouldServe | None:
+    """The first ``kind`` in an error or group of errors."""
+    if isinstance(error, kind):
+        return error
+    for inner in getattr(error, "exceptions", ()):
+        found = find_error(inner, kind)
+        if found is not None:
+            return found
+    return None
+
+
+def make_plan(model: LocalModel, known: list[Known], dtype: Dtype) -> HostPlan:
+    """What believed adverts mean for one model; experts that the model doesn't have are left out."""
+    holders: dict[ExpertId, list[PeerId]] = {}
+    contacts: dict[PeerId, Contact] = {}
+    for item in known:
+        advert = item.advert
+        if advert.dtype != dtype or advert.kind != model.kind:
+            continue
+        peer = PeerId(advert.peer_id)
+        contacts[peer] = Contact(peer_id=peer, addrs=advert.addrs)
+        for layer, experts in item.experts.items():
+            for expert in experts:
+                if expert < model.layers.get(layer, 0):
+                    holders.setdefault(ExpertId(layer, expert), []).append(peer)
+    return HostPlan(model.root, dtype, dict(model.layers), holders, contacts, kind=model.kind)
+
+
+def describe(model: LocalModel, trunk: Trunk, experts: SwarmExperts, result: Generated) -> dict[str, Any]:
+    """The result object of the command contract."""
+    remote = sum(count * model.expert_bytes(layer, "f32") for layer, count in model.layers.items()) // DTYPE_BYTES["f32"]
+    hosts = [
+        {
+            "peer_id": peer,
+            "calls": use.calls,
+            "rows": use.rows,
+            "bytes_sent": use.bytes_sent,
+            "bytes_received": use.bytes_received,
+            "p50_ms": round(statistics.median(use.latencies_s) * 1000, 3) if use.latencies_s else 0.0,
+        }
+        for peer, use in sorted(experts.hosts.items())
+    ]
+    return {
+        "text": result.text,
+        "model": model.name,
+        "model_root": model.root,
+        "dtype": experts.plan.dtype,
+        "finish_reason": result.finish_reason,
+        "prompt_tokens": result.prompt_tokens,
+        "completion_tokens": len(result.token_ids),
+        "tokens_per_s": round(len(result.token_ids) / result.seconds, 3) if result.seconds else 0.0,
+        "time_to_first_token_s": round(result.time_to_first_token_s, 4),
+        "calls": sum(use.calls for use in experts.hosts.values()),
+        "retries": experts.retries,
+        "requester_parameters": trunk.parameters,
+        "remote_parameters": remote,
+        "hosts": hosts,
+    }

@@ -1,0 +1,28 @@
+"""Every limit of the wire and the node, with its unit and its reason. Over one: refused by name, never silently."""
+
+from __future__ import annotations
+
+KIB, MIB = 1024, 1024 * 1024
+
+CONTROL_BYTES = 1 * MIB  # a frame's header; adverts with bitmaps fit in 16 KiB
+CHUNK_BYTES = 256 * KIB  # a frame's body; larger bodies travel in chunks, so that they can't starve a small call
+CALL_BODY_BYTES = 256 * MIB  # a call's whole body: 4,096 rows x 16,384 x f32
+WINDOW_BYTES = 4 * MIB  # of a call's body may be sent before the receiver grants more
+INBOUND_BYTES = 512 * MIB  # all unfinished bodies of a node together; past it no window is granted
+
+CALLS_PER_PEER = 256  # in flight on one connection
+CALLS_PER_HOST = 4_096  # in flight on one node
+CONNECTIONS_PER_PEER = 4  # one is enough; more only while they are being replaced
+CONNECTIONS = 1_024  # file descriptors
+HANDSHAKES_PER_ADDRESS = 32  # unproven connections of one IP address at once
+
+HANDSHAKE_S = 5.0  # TLS and both proofs; a silent listener must not hold a dialer
+DIAL_S = 10.0
+CALL_S = 30.0  # the longest deadline that a call may carry
+WRITE_STALL_S = 10.0  # a peer that doesn't read ends its connection
+IDLE_PING_S = 20.0  # silence after which a connection is pinged
+
+RECORD_BYTES = 4 * KIB  # a DHT record is a signed pointer, not a payload
+RECORDS = 65_536  # per node
+RECORDS_PER_KEY = 64
+GOSSIP_BYTES = 16 * KIB  # 64 KiB was the largest that arrived

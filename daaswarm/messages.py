@@ -1,0 +1,239 @@
+"""The one message set. Every request between nodes is a typed message in the header of a frame.
+
+A frame (``net/frames.py``) carries a msgpack header, one of the structs below, and raw tensor bytes. The
+structs only say what is on the wire; what may be believed is decided in ``core/``. Field caps are enforced
+by msgspec while decoding, so an oversized list never becomes an object.
+
+Adding a field with a default keeps old peers readable; changing or removing one needs a new protocol version.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+PROTOCOL_VERSION = 1
+
+# Limits of single fields. Sizes of whole messages are in daaswarm/limits.py.
+Key = Annotated[bytes, Meta(min_length=32, max_length=32)]  # SHA-256
+Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]  # Ed25519
+PublicKey = Annotated[bytes, Meta(min_length=32, max_length=32)]  # Ed25519
+PeerIdText = Annotated[str, Meta(min_length=40, max_length=64)]
+RootText = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Address = Annotated[str, Meta(max_length=256)]  # a multiaddress
+Addresses = Annotated[list[Address], Meta(max_length=8)]
+Short = Annotated[str, Meta(max_length=64)]
+Text = Annotated[str, Meta(max_length=1024)]
+Layer = Annotated[int, Meta(ge=0, le=65_535)]
+ExpertNumber = Annotated[int, Meta(ge=0, le=65_535)]
+DtypeText = Annotated[str, Meta(pattern="^(f32|bf16|f16)$")]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", array_like=False, omit_defaults=True):
+    """Base of every message; ``t`` on the wire is the tag."""
+
+
+# -- who is there -------------------------------------------------------------------------------------------------
+
+
+class Contact(msgspec.Struct, frozen=True, kw_only=True):
+    """A peer and where to dial it."""
+
+    peer_id: PeerIdText
+    addrs: Addresses
+
+
+class Hello(Message, frozen=True, kw_only=True, tag="hello"):
+    """Server → client, first message after TLS: what the client has to sign."""
+
+    version: int = PROTOCOL_VERSION
+    nonce: Key
+    swarm: Key
+
+
+class Prove(Message, frozen=True, kw_only=True, tag="prove"):
+    """Client → server: the client's PeerId, proven by a signature over :func:`daaswarm.core.signing` fields."""
+
+    version: int = PROTOCOL_VERSION
+    public_key: PublicKey
+    signature: Signature
+    contact: Contact | None = None  # set when the client itself accepts connections
+    agent: Short = ""
+
+
+class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
+    """Server → client: proof accepted; the connection is open for calls both ways."""
+
+    contact: Contact | None = None
+    agent: Short = ""
+    observed_addr: Address = ""
+
+
+class Ping(Message, frozen=True, kw_only=True, tag="ping"):
+    pass
+
+
+class Pong(Message, frozen=True, kw_only=True, tag="pong"):
+    pass
+
+
+# -- signed records (discovery) -----------------------------------------------------------------------------------
+
+
+class Signed(msgspec.Struct, frozen=True, kw_only=True):
+    """``payload`` is a msgpack-encoded record; the signature covers (domain, swarm, payload).
+
+    The bytes that were signed travel as they are, so verifying never depends on re-encoding.
+    """
+
+    public_key: PublicKey
+    signature: Signature
+    payload: Annotated[bytes, Meta(max_length=16_384)]
+
+
+class Pointer(msgspec.Struct, frozen=True, kw_only=True):
+    """DHT record under ``key``: this peer serves it; ask the peer itself for the full advert."""
+
+    key: Key
+    peer_id: PeerIdText
+    addrs: Addresses
+    seq: Annotated[int, Meta(ge=0)]
+    expires_at: float  # Unix time, s
+
+
+class Advert(msgspec.Struct, frozen=True, kw_only=True):
+    """What one peer serves of one model. Last writer (highest ``seq``) wins.
+
+    ``held`` maps a layer to a bitmap of the experts (or slices) it holds there, bit ``i`` of byte ``i // 8``.
+    """
+
+    peer_id: PeerIdText
+    model_root: RootText
+    model_name: Short
+    kind: Annotated[str, Meta(pattern="^(moe|dense)$")]
+    held: Annotated[dict[Layer, Annotated[bytes, Meta(max_length=8_192)]], Meta(max_length=4_096)]
+    dtype: DtypeText
+    device: Short
+    addrs: Addresses
+    capacity_rows_per_s: float = 0.0
+    price: float = 0.0
+    seq: Annotated[int, Meta(ge=0)]
+    expires_at: float  # Unix time, s
+    withdrawn: bool = False
+
+
+# -- Kademlia -----------------------------------------------------------------------------------------------------
+
+
+class FindNode(Message, frozen=True, kw_only=True, tag="find_node"):
+    target: Key
+
+
+class FindValue(Message, frozen=True, kw_only=True, tag="find_value"):
+    key: Key
+
+
+class Found(Message, frozen=True, kw_only=True, tag="found"):
+    """Answer to :class:`FindNode` and :class:`FindValue`."""
+
+    contacts: Annotated[list[Contact], Meta(max_length=20)] = []
+    records: Annotated[list[Signed], Meta(max_length=64)] = []
+
+
+class Store(Message, frozen=True, kw_only=True, tag="store"):
+    records: Annotated[list[Signed], Meta(max_length=64)]
+
+
+class Stored(Message, frozen=True, kw_only=True, tag="stored"):
+    """``refused`` names why, per index of the request; an empty dict means all were stored."""
+
+    refused: Annotated[dict[int, Short], Meta(max_length=64)] = {}
+
+
+class GetAdverts(Message, frozen=True, kw_only=True, tag="get_adverts"):
+    """The peer's own adverts; all models if ``model_root`` is empty."""
+
+    model_root: Annotated[str, Meta(max_length=64)] = ""
+
+
+class Adverts(Message, frozen=True, kw_only=True, tag="adverts"):
+    adverts: Annotated[list[Signed], Meta(max_length=64)]
+
+
+# -- experts ------------------------------------------------------------------------------------------------------
+
+
+class ExpertCall(Message, frozen=True, kw_only=True, tag="call"):
+    """Compute the weighted sum of some experts of one layer for some rows.
+
+    Body, in this order, little-endian, no padding:
+
+    * ``rows`` x ``hidden`` values of ``dtype``: the hidden states;
+    * with ``pairs`` > 0: ``pairs`` x u32 row numbers, ``pairs`` x u32 expert numbers, ``pairs`` x f32 weights. Each
+      pair adds ``weight * expert(row)`` to its row;
+    * with ``pairs`` == 0: nothing more; every expert in ``experts`` is applied to every row with weight one
+      (slices of a dense FFN).
+    """
+
+    model_root: RootText
+    layer: Layer
+    experts: Annotated[list[ExpertNumber], Meta(min_length=1, max_length=4_096)]
+    dtype: DtypeText
+    rows: Annotated[int, Meta(ge=1, le=65_536)]
+    hidden: Annotated[int, Meta(ge=1, le=65_536)]
+    pairs: Annotated[int, Meta(ge=0, le=1 << 22)] = 0
+
+
+class ExpertReply(Message, frozen=True, kw_only=True, tag="reply"):
+    """Body: ``rows`` x ``hidden`` f32 sums. Load feedback rides along for the requester's choice of replicas."""
+
+    rows: int
+    hidden: int
+    service_us: int = 0
+    queue_depth: int = 0
+    chain: ChainRoot | None = None
+
+
+class ChainRoot(msgspec.Struct, frozen=True, kw_only=True):
+    """Room for step 5: a host's signed hash-chain root over its (x, y) pairs up to ``count``."""
+
+    count: int
+    root: Key
+    signature: Signature
+
+
+class Reopen(Message, frozen=True, kw_only=True, tag="reopen"):
+    """Room for step 5: reopen a past call. A host that keeps no chain answers ``unsupported``."""
+
+    call_digest: Key
+    rows: Annotated[list[int], Meta(max_length=64)] = []
+
+
+class Failure(Message, frozen=True, kw_only=True, tag="failure"):
+    """The answer to a request that could not be served. ``code`` is a :class:`DaaswarmError` code."""
+
+    code: Short
+    message: Text
+    hint: Text = ""
+    retry_after_s: float = 0.0
+
+
+Request = Ping | FindNode | FindValue | Store | GetAdverts | ExpertCall | Reopen
+Reply = Pong | Found | Stored | Adverts | ExpertReply | Failure
+Handshake = Hello | Prove | Welcome | Failure
+AnyMessage = Hello | Prove | Welcome | Request | Reply
+
+_encoder = msgspec.msgpack.Encoder()
+_decoders: dict[object, msgspec.msgpack.Decoder[object]] = {}
+
+encode = _encoder.encode
+
+
+def get_decoder(kind: object) -> msgspec.msgpack.Decoder[object]:
+    """A cached typed decoder for a message union or record struct; raises ``msgspec.DecodeError`` on bad input."""
+    decoder = _decoders.get(kind)
+    if decoder is None:
+        decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)  # type: ignore[arg-type]
+    return decoder

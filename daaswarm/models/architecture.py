@@ -1,0 +1,342 @@
+"""What transformers knows about a checkpoint: its class, its split modules, and which tensor becomes which parameter.
+
+Leans on internals of transformers (``core_model_loading``, ``conversion_mapping``), which is why its minor version
+is pinned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.models.auto import modeling_auto
+from transformers.utils.generic import ContextManagers
+
+from daaswarm.errors import ModelError
+from daaswarm.models.checkpoint import read_config
+from daaswarm.models.dense import find_formula
+from daaswarm.models.tensors import COMPUTE_DTYPES
+from daaswarm.types import Dtype
+
+_GENERATORS = (
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+)
+
+
+# -- the class ----------------------------------------------------------------------------------------------------
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """The configuration of a checkpoint folder. Code that lies in the folder is never run.
+
+    Raises:
+        ModelError: no config, unknown architecture, quantised.
+    """
+    try:
+        raw: Any = json.loads(read_config(folder))
+        quantised = raw.get("quantization_config") or (raw.get("text_config") or {}).get("quantization_config")
+    except (ValueError, AttributeError, RecursionError):
+        raise ModelError(f"{folder / 'config.json'} is not a JSON object", hint="download it again") from None
+    if quantised:
+        method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
+        raise ModelError(
+            f"{folder} is quantised ({method or 'quantization_config'}); it would be served with losses",
+            hint="use the checkpoint in bf16, f16 or f32",
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ModelError(
+            f"{folder}: transformers {transformers.__version__} does not know this configuration "
+            f"(model_type {raw.get('model_type')!r}): {str(error).splitlines()[0][:200]}",
+            hint="models that need their own code (trust_remote_code) are never run",
+        ) from None
+
+
+def get_class(config: PretrainedConfig) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+    """The class that generates text from this configuration, and the configuration that it takes.
+
+    That is the class that the configuration names, or the auto classes' choice: the whole model if they know it, else
+    its text part alone.
+
+    Raises:
+        ModelError: there is none.
+    """
+    text = config.get_text_config(decoder=True)
+    names = [*(config.architectures or [])]
+    names += [getattr(modeling_auto, mapping, {}).get(config.model_type) for mapping in _GENERATORS]
+    found = [c for c in (getattr(transformers, str(name), None) for name in names) if _generates(c)]
+    for accepted in (config, text):
+        for cls in found:
+            if isinstance(accepted, cls.config_class or ()):
+                return cls, accepted
+    raise ModelError(
+        f"{config.model_type} ({', '.join(config.architectures or []) or 'no architecture named'}) generates no text",
+        hint="choose a language model",
+    )
+
+
+def _generates(found: Any) -> bool:
+    return isinstance(found, type) and issubclass(found, PreTrainedModel) and found.can_generate()
+
+
+def build_skeleton(config: PretrainedConfig, dtype: Dtype) -> PreTrainedModel:
+    """The architecture with every parameter and buffer on the meta device, as ``from_pretrained`` builds it.
+
+    Raises:
+        ModelError: the configuration contradicts itself.
+    """
+    cls, config = get_class(config)
+    try:
+        with ContextManagers(cls.get_init_context(COMPUTE_DTYPES[dtype], False, False, None)):
+            return cls(copy.deepcopy(config)).eval()
+    except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, IndexError, ImportError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise ModelError(f"config.json does not make a {cls.__name__}: {lines[0][:200]}") from None
+
+
+# -- what is split ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SplitModule:
+    """An experts module or dense FFN. ``roles`` (dense only) maps gate, up and down to its linear layers' names."""
+
+    name: str
+    module: nn.Module
+    activation: str = ""
+    roles: dict[str, str] = field(default_factory=dict)
+
+
+def find_split(model: PreTrainedModel) -> tuple[str, dict[int, SplitModule]]:
+    """("moe" or "dense", {decoder layer: what is split there}).
+
+    Raises:
+        ModelError: nothing in this architecture can be split, with the reason.
+    """
+    decoder = _get_decoder_prefix(model)
+    hooked = {name: m for name, m in model.named_modules() if is_hooked(m)}
+    inside = {name: m for name, m in hooked.items() if name.startswith(decoder)} or hooked
+    if inside:
+        layers: dict[int, SplitModule] = {}
+        for name, module in inside.items():
+            _put(layers, model, name, SplitModule(name, module))
+        return "moe", layers
+    unhooked = [(n, m) for n, m in model.named_modules() if n.startswith(decoder) and n.endswith(".experts")]
+    if unhooked:
+        raise ModelError(
+            f"{type(model).__name__}: transformers does not route {type(unhooked[0][1]).__name__} "
+            "through its experts interface, so its experts can't be taken out",
+            hint="choose another model; any whose experts class has @use_experts_implementation works",
+        )
+    return "dense", _find_dense(model, decoder)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Does transformers route this experts module through its experts interface?"""
+    return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "num_experts")
+
+
+def get_hidden(module: nn.Module) -> int:
+    """The width of an experts module's rows."""
+    down: Tensor = module.down_proj  # type: ignore[assignment]
+    return int(down.shape[2] if module.is_transposed else down.shape[1])
+
+
+def _find_dense(model: PreTrainedModel, decoder: str) -> dict[int, SplitModule]:
+    layers: dict[int, SplitModule] = {}
+    checked: dict[tuple[type, str], tuple[str, ...] | None] = {}
+    nearest = ""
+    for name, module in model.named_modules():
+        linears = {n: m for n, m in module.named_children() if isinstance(m, nn.Linear)}
+        if not name.startswith(decoder) or len(linears) != 3 or not re.search(r"\.\d+\.", name + "."):
+            continue
+        owned = {f"{n}.{p}" for n, m in linears.items() for p, _ in m.named_parameters()}
+        if owned != {n for n, _ in module.named_parameters()}:
+            continue
+        kind = type(module), repr(module)
+        if kind not in checked:
+            checked[kind] = _check_formula(module, linears)
+        formula = checked[kind]
+        if formula is None:
+            nearest = nearest or f"{name} ({type(module).__name__})"
+            continue
+        gate, up, down, activation = formula
+        split = SplitModule(name, module, activation, {"gate": gate, "up": up, "down": down})
+        _put(layers, model, name, split)
+    if not layers:
+        but = f"; {nearest} does not compute down(act(gate(x)) * up(x))" if nearest else ""
+        raise ModelError(
+            f"{type(model).__name__} can't be split: it has neither experts behind transformers' experts interface "
+            f"nor gated FFNs of three linear layers{but}",
+            hint="choose a mixture-of-experts model, or a dense one of the Llama kind",
+        )
+    if len({(s.activation, tuple(s.roles.items())) for s in layers.values()}) > 1:
+        raise ModelError(f"{type(model).__name__} can't be split: its layers use different FFN formulas")
+    return layers
+
+
+def _check_formula(module: nn.Module, linears: dict[str, nn.Linear]) -> tuple[str, ...] | None:
+    """Run the module's own forward on small random weights and see which formula it follows."""
+    small = copy.deepcopy(module)
+    hidden = Counter(m.in_features for m in linears.values()).most_common(1)[0][0]
+    sizes = {hidden: 8}
+    generator = torch.Generator().manual_seed(0)
+    for name, linear in linears.items():
+        shape = [sizes.get(n, 16) for n in (linear.out_features, linear.in_features)]
+        if linear.in_features == linear.out_features:
+            return None
+        new = nn.Linear(shape[1], shape[0], bias=linear.bias is not None, device="cpu", dtype=torch.float64)
+        new.weight.data = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if linear.bias is not None:
+            nn.init.zeros_(new.bias)  # where biases go is known: each linear layer adds its own
+        setattr(small, name, new)
+    small = small.eval()
+    x = torch.randn(32, 8, generator=generator, dtype=torch.float64)
+    weights = {name: getattr(small, name).weight for name in linears}
+    try:
+        with torch.no_grad():
+            return find_formula(small, weights, x)
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
+        return None
+
+
+def _put(layers: dict[int, SplitModule], model: PreTrainedModel, name: str, split: SplitModule) -> None:
+    number = re.search(r"\.(\d+)(\.|$)", name)
+    layer = int(number[1]) if number else 0
+    if layer in layers:
+        raise ModelError(
+            f"{type(model).__name__} can't be split: {layers[layer].name} and {name} are both in layer {layer}",
+            hint="choose a model with one block of experts a layer",
+        )
+    layers[layer] = split
+
+
+def _get_decoder_prefix(model: PreTrainedModel) -> str:
+    """The path of the text decoder inside the model, with a dot, or nothing."""
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        decoder = model.get_decoder()
+        for name, module in model.named_modules():
+            if module is decoder and name:
+                return name + "."
+    return ""
+
+
+# -- which tensor becomes which parameter -------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """Checkpoint tensors that become one parameter, or several of one converter.
+
+    Attributes:
+        target: the parameter, the first of them if several.
+        transform: the converter, or None if the tensor only changes its name.
+        members: (pattern of the converter that matched, checkpoint name), in transformers' order.
+    """
+
+    target: str
+    transform: WeightConverter | None
+    members: list[tuple[str, str]]
+
+
+def route(model: PreTrainedModel, names: Iterable[str]) -> Iterator[Group]:
+    """Group checkpoint tensors by what they become, as transformers would load them.
+
+    Tensors of which the model has no parameter are left out, as transformers leaves them out.
+    """
+    state = model.state_dict()
+    mapping = get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    prefix = model.base_model_prefix
+    groups: dict[str, Group] = {}
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:
+            target, pattern = rename_source_key(name, [], [], prefix, state)
+        if target not in state:
+            continue
+        group = groups.get(target)
+        if group is None:
+            transform = copy.deepcopy(by_pattern[pattern]) if pattern is not None else None
+            group = groups[target] = Group(target, transform, [])
+        group.members.append((pattern or name, name))
+    yield from groups.values()
+
+
+def convert(model: PreTrainedModel, group: Group, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters that a group's tensors become, by full name.
+
+    Raises:
+        ModelError: the conversion failed.
+    """
+    if group.transform is None:
+        return {group.target: tensors[group.members[0][1]]}
+    transform = copy.deepcopy(group.transform)
+    for pattern, name in group.members:
+        transform.collected_tensors[pattern].append(tensors.pop(name))  # type: ignore[arg-type]
+    try:
+        made: dict[str, Any] = transform.convert(group.target, model=model, config=model.config)
+    except (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError) as error:
+        names = ", ".join(name for _, name in group.members[:3])
+        raise ModelError(f"tensors {names} can't be made into {group.target}: {str(error)[:200]}") from None
+    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def get_dtypes(model: PreTrainedModel) -> Callable[[str], torch.dtype]:
+    """The dtype to load each parameter in: the model's, but for those that the architecture keeps in f32."""
+    plan = model._get_dtype_plan(model.dtype)
+    keep, by_group, _ = build_glob_alternation(list(plan)) if plan else (None, {}, {})
+
+    def get_dtype(target: str) -> torch.dtype:
+        found = keep.search(target) if keep is not None else None
+        if found is not None and found.lastgroup is not None:
+            return plan[by_group[found.lastgroup]]
+        return model.get_parameter_or_buffer(target).dtype
+
+    return get_dtype
+
+
+def set_parameter(model: PreTrainedModel, name: str, value: Tensor, folder: Path) -> None:
+    """Put a loaded tensor in its place.
+
+    Raises:
+        ModelError: it has another shape than the architecture says.
+    """
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    old: Tensor | None = getattr(module, leaf)
+    if old is None or old.shape != value.shape:
+        raise ModelError(
+            f"{folder}: {name} would be {list(value.shape)}, config.json makes it "
+            f"{None if old is None else list(old.shape)}",
+            hint="config.json and the weights are not of the same model",
+        )
+    if leaf in module._parameters:
+        value = nn.Parameter(value, requires_grad=False)
+    value._is_hf_initialized = True  # type: ignore[attr-defined]  # else transformers would initialise it again
+    setattr(module, leaf, value)

@@ -1,0 +1,297 @@
+"""What a host holds: some experts of a MoE layer, or some slices of a dense FFN, and how they compute.
+
+Only the held experts' bytes are read, each part checked against its leaf of the manifest, one layer at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from daaswarm.errors import ExpertError, ModelError
+from daaswarm.models.checkpoint import Checkpoint
+from daaswarm.models.dense import DenseSlices
+from daaswarm.models.manifest import SHARED, Entry, Progress, read_parts
+from daaswarm.models.sources import LocalModel, ignore_progress
+from daaswarm.models.tensors import COMPUTE_DTYPES, to_tensor
+from daaswarm.types import Dtype, format_range
+
+_OWN_FORWARD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}  # relative to the largest
+
+
+class LayerExperts:
+    """What a host holds of one layer.
+
+    Attributes:
+        ids: experts (or slices) held, ascending.
+        nbytes: memory of their weights.
+    """
+
+    def __init__(self, ids: list[int], nbytes: int, *, moe: MoeExperts | None, dense: DenseSlices | None) -> None:
+        self.ids = ids
+        self.nbytes = nbytes
+        self._moe = moe
+        self._dense = dense
+
+    @torch.inference_mode()
+    def compute_pairs(self, rows: Tensor, row_index: Tensor, expert_index: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum of experts' outputs: each pair adds ``weight * expert(row)`` to its row.
+
+        Args:
+            rows: (n, hidden) of the compute dtype.
+            row_index, expert_index: (pairs,) integers.
+            weights: (pairs,) f32.
+
+        Returns:
+            (n, hidden) f32; rows without a pair are zero.
+
+        Raises:
+            ExpertError: an expert that is not held here, a row out of range, or a dense layer.
+        """
+        if self._moe is None:
+            raise ExpertError("a dense layer has slices, not experts", hint="ask for slices")
+        return self._moe.compute(rows, row_index, expert_index, weights)
+
+    @torch.inference_mode()
+    def compute_slices(self, rows: Tensor, slices: list[int]) -> Tensor:
+        """The sum of some slices of a dense FFN. rows: (n, hidden) of the compute dtype; returns (n, hidden) f32.
+
+        Raises:
+            ExpertError: a slice that is not held here, or a MoE layer.
+        """
+        if self._dense is None:
+            raise ExpertError("a mixture-of-experts layer has experts, not slices", hint="send pairs")
+        if slices != self.ids:
+            missing = sorted(set(slices) - set(self.ids))
+            if missing:
+                raise _not_held(missing, self.ids)
+        return self._dense.compute(rows, slices)
+
+    def to(self, device: torch.device) -> LayerExperts:
+        """Move the weights to a device, in place."""
+        if self._moe is not None:
+            self._moe.module.to(device)
+        if self._dense is not None:
+            for name, value in vars(self._dense).items():
+                if isinstance(value, Tensor):
+                    setattr(self._dense, name, value.to(device))
+        return self
+
+
+class MoeExperts:
+    """The architecture's own experts module, holding only some experts; expert ``ids[i]`` is its number ``i``.
+
+    The formula of transformers' experts interface (``integrations/moe.py``) is followed with the module's own
+    weights, gate, bias and norm, one expert at a time. It is compared once with the module's own forward, which is
+    used instead where the two differ.
+    """
+
+    def __init__(self, module: nn.Module, ids: list[int]) -> None:
+        self.module: Any = module
+        self.ids = ids
+        self.place = {number: i for i, number in enumerate(ids)}
+        module_type: Any = type(module)
+        self._forward: Callable[..., Tensor] = getattr(module_type.forward, "__wrapped__", module_type.forward)
+        self._first = module.gate_up_proj if module.has_gate else module.up_proj
+        self._first_bias = None
+        if module.has_bias:
+            self._first_bias = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
+        self._own = not self._agrees()
+
+    def compute(self, rows: Tensor, row_index: Tensor, expert_index: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
+        experts = expert_index.tolist()
+        row_numbers = row_index.tolist()
+        missing = sorted(set(experts) - self.place.keys())
+        if missing:
+            raise _not_held(missing, self.ids)
+        if row_numbers and not 0 <= min(row_numbers) <= max(row_numbers) < rows.shape[0]:
+            raise ExpertError(f"a pair names row {max(row_numbers)}; the call has {rows.shape[0]} rows")
+        by_expert: dict[int, list[int]] = {}
+        for pair, expert in enumerate(experts):
+            by_expert.setdefault(expert, []).append(pair)
+        single = rows.shape[0] == 1
+        weights = weights.float()
+        for expert, pairs in by_expert.items():
+            place = self.place[expert]
+            if single and len(pairs) == 1:  # decoding
+                out += self._apply(rows, place).float() * weights[pairs[0]]
+                continue
+            chosen = torch.tensor(pairs, device=rows.device)
+            at = row_index[chosen]
+            y = self._apply(rows[at], place).float() * weights[chosen, None]
+            out.index_add_(0, at, y)
+        return out
+
+    def _apply(self, rows: Tensor, place: int) -> Tensor:
+        """One expert on (n, hidden) rows, unweighted."""
+        if self._own:
+            index = torch.full((rows.shape[0], 1), place, dtype=torch.int64, device=rows.device)
+            return self._forward(self.module, rows, index, torch.ones_like(index, dtype=rows.dtype))
+        return self._formula(rows, place)
+
+    def _formula(self, rows: Tensor, place: int) -> Tensor:
+        module = self.module
+        first, down = self._first[place], module.down_proj[place]
+        first_bias = None if self._first_bias is None else self._first_bias[place]
+        down_bias = module.down_proj_bias[place] if module.has_bias else None
+        if module.is_transposed:
+            first, down = first.t(), down.t()
+        h = functional.linear(rows, first, first_bias)
+        h = module._apply_gate(h) if module.has_gate else module.act_fn(h)
+        y = functional.linear(h, down, down_bias)
+        return module.post_expert_norm(y) if module.has_post_expert_norm else y
+
+    @torch.inference_mode()
+    def _agrees(self) -> bool:
+        down: Tensor = self.module.down_proj
+        hidden = down.shape[2] if self.module.is_transposed else down.shape[1]
+        rows = torch.randn(3, hidden, generator=torch.Generator().manual_seed(0)).to(down.dtype)
+        place = len(self.ids) - 1
+        try:
+            got = self._formula(rows, place).float()
+        except (AttributeError, RuntimeError, TypeError):
+            return False
+        index = torch.full((3, 1), place, dtype=torch.int64)
+        want = self._forward(self.module, rows, index, torch.ones_like(index, dtype=down.dtype)).float()
+        return bool((got - want).abs().max() <= _OWN_FORWARD_TOLERANCE[down.dtype] * want.abs().max())
+
+
+def load_experts(
+    model: LocalModel, wanted: dict[int, list[int]], dtype: Dtype, progress: Progress = ignore_progress
+) -> dict[int, LayerExperts]:
+    """Read some experts (or slices) of some layers, and nothing else. Blocks.
+
+    At most one layer is held twice, while it is converted to ``dtype``.
+
+    Args:
+        wanted: ``{layer: [experts or slices]}``.
+
+    Raises:
+        ModelError: a layer or expert that the model does not have; a tensor that was altered.
+    """
+    for layer, ids in wanted.items():
+        count = model.layers.get(layer)
+        if count is None:
+            raise ModelError(
+                f"{model.name} has no split layer {layer}", hint=f"it has {format_range(sorted(model.layers))}"
+            )
+        if not ids or min(ids) < 0 or max(ids) >= count:
+            raise ModelError(f"{model.name}, layer {layer}: there are experts 0 to {count - 1}, not {ids}")
+    with Checkpoint(model.folder) as checkpoint:
+        return read_experts(checkpoint, model, wanted, dtype, progress)
+
+
+def read_experts(
+    checkpoint: Checkpoint,
+    model: LocalModel,
+    wanted: dict[int, list[int]],
+    dtype: Dtype,
+    progress: Progress = ignore_progress,
+) -> dict[int, LayerExperts]:
+    """:func:`load_experts` from a checkpoint that is already open."""
+    reader = _Reader(checkpoint, model)
+    per_layer = {layer: sorted(set(ids)) for layer, ids in sorted(wanted.items())}
+    by_layer = {layer: model.manifest.of_layer(layer) for layer in per_layer}
+    total = sum(reader.count(entry, ids) for layer, ids in per_layer.items() for entry in by_layer[layer])
+    build = _MoeBuilder(model, dtype, reader).build if model.kind == "moe" else _DenseBuilder(model, dtype, reader).build
+    held: dict[int, LayerExperts] = {}
+    before = checkpoint.bytes_read
+    for layer, ids in per_layer.items():
+        held[layer] = build(layer, ids, by_layer[layer])
+        progress("loading experts", checkpoint.bytes_read - before, total)
+    return held
+
+
+class _Reader:
+    """Checked parts of a checkpoint as tensors of the dtype they are stored in."""
+
+    def __init__(self, checkpoint: Checkpoint, model: LocalModel) -> None:
+        self._checkpoint = checkpoint
+        self._where = model.manifest_path
+
+    def count(self, entry: Entry, ids: list[int]) -> int:
+        """The bytes that :meth:`read` will read."""
+        nbytes = self._checkpoint.tensors[entry.name].nbytes
+        if entry.parts > 1:
+            return nbytes // entry.parts * len(ids)
+        return nbytes if entry.is_of(set(ids)) else 0
+
+    def read(self, entry: Entry, ids: list[int]) -> Tensor:
+        parts = ids if entry.parts > 1 else [0]
+        shape = entry.shape_of_part
+        if entry.parts > 1:
+            shape[entry.axis] *= len(parts)
+        return to_tensor(read_parts(self._checkpoint, entry, parts, where=self._where), entry.dtype, shape)
+
+
+class _DenseBuilder:
+    def __init__(self, model: LocalModel, dtype: Dtype, reader: _Reader) -> None:
+        self._model, self._dtype, self._reader = model, COMPUTE_DTYPES[dtype], reader
+
+    def build(self, layer: int, ids: list[int], entries: list[Entry]) -> LayerExperts:
+        values = {
+            entry.param: self._reader.read(entry, ids).to(self._dtype) for entry in entries if entry.is_of(set(ids))
+        }
+        slices = DenseSlices(
+            ids,
+            self._model.manifest.activation,
+            values["gate.weight"],
+            values["up.weight"],
+            values["down.weight"],
+            values.get("gate.bias"),
+            values.get("up.bias"),
+            values.get("down.bias"),
+        )
+        return LayerExperts(ids, sum(v.nbytes for v in values.values()), moe=None, dense=slices)
+
+
+class _MoeBuilder:
+    def __init__(self, model: LocalModel, dtype: Dtype, reader: _Reader) -> None:
+        from daaswarm.models.architecture import build_skeleton, find_split, load_config
+
+        self._reader = reader
+        self._folder = model.folder
+        self._skeleton = build_skeleton(load_config(model.folder), dtype)
+        _, self._modules = find_split(self._skeleton)
+
+    def build(self, layer: int, ids: list[int], entries: list[Entry]) -> LayerExperts:
+        from daaswarm.models.architecture import convert, get_dtypes, route, set_parameter
+
+        split = self._modules[layer]
+        mine = {entry.name: entry for entry in entries if entry.is_of(set(ids))}
+        _shrink(split.module, len(ids))
+        dtypes = get_dtypes(self._skeleton)
+        for group in route(self._skeleton, mine):
+            tensors = {
+                name: self._reader.read(mine[name], ids).to(dtypes(group.target)) for _, name in group.members
+            }
+            for name, value in convert(self._skeleton, group, tensors).items():
+                set_parameter(self._skeleton, name, value, self._folder)
+        left = [name for name, p in split.module.named_parameters() if p.is_meta]
+        if left:
+            raise ModelError(f"{self._folder}: layer {layer} lacks {split.name}.{left[0]}")
+        module = split.module.requires_grad_(False).eval()
+        nbytes = sum(p.nbytes for p in module.parameters())
+        return LayerExperts(ids, nbytes, moe=MoeExperts(module, ids), dense=None)
+
+
+def _shrink(module: nn.Module, count: int) -> None:
+    """Cut the meta parameters of an experts module down to ``count`` experts."""
+    from daaswarm.models.plan import is_per_expert
+
+    for name in [n for n, _ in module.named_parameters() if is_per_expert(module, n)]:
+        old = module.get_parameter(name)
+        empty = torch.empty((count, *old.shape[1:]), dtype=old.dtype, device="meta")
+        setattr(module, name, nn.Parameter(empty, requires_grad=False))
+    module.num_experts = count  # type: ignore[assignment]
+
+
+def _not_held(missing: list[int], held: list[int]) -> ExpertError:
+    return ExpertError(
+        f"experts {format_range(missing)} are not held here", hint=f"this host holds {format_range(held)}"
+    )

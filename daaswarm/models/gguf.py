@@ -1,0 +1,107 @@
+"""A GGUF file as a folder in Hugging Face layout, converted once: f32, dequantised by transformers."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from daaswarm.errors import ModelError
+from daaswarm.models.cache import make_once
+from daaswarm.models.manifest import Progress
+
+_MAGIC = b"GGUF"
+_BLOCK_BYTES = 1 << 20
+_KEY_DIGITS = 32  # of the content's SHA-256, in the folder's name
+
+
+def prepare_gguf(file: Path, cache: Path, progress: Progress) -> Path:
+    """The folder that a GGUF file was converted to, converting it first if need be. Keyed by the file's content.
+
+    Raises:
+        ModelError: damaged, or an architecture that transformers can't read from GGUF.
+    """
+    key = _hash(file, progress)[:_KEY_DIGITS]
+    return make_once(cache / "models" / f"gguf-{key}", lambda folder: convert_gguf(file, folder, progress), progress)
+
+
+def convert_gguf(file: Path, folder: Path, progress: Progress) -> None:
+    """Write ``folder``: weights in f32, configuration, and the tokenizer if the file has one.
+
+    Raises:
+        ModelError: see :func:`prepare_gguf`.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+
+    from daaswarm.models.quiet import quiet_transformers
+    from daaswarm.models.safetensors_writer import write_safetensors
+
+    progress("converting the GGUF file", 0, 0)
+    with quiet_transformers():
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                dtype="float32",
+                quantization_config=GgufConfig(dequantize=True),
+                local_files_only=True,
+            )
+        except _DAMAGED as error:
+            raise _refuse(file, error) from None
+        tied = set(getattr(model, "all_tied_weights_keys", {}))
+        state = {name: value for name, value in sorted(model.state_dict().items()) if name not in tied}
+        shapes = {name: tuple(value.shape) for name, value in state.items()}
+        write_safetensors(
+            folder / "model.safetensors", shapes, ((n, v.detach().float().cpu().numpy()) for n, v in state.items())
+        )
+        _save_config(model, folder)
+        try:
+            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True).save_pretrained(folder)
+        except _DAMAGED:
+            progress("the GGUF file has no tokenizer that transformers can read", 0, 0)
+
+
+_DAMAGED = (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError, OSError, NotImplementedError)
+"""What transformers' GGUF reader raises on files that it can't make a model of."""
+
+
+def _save_config(model: Any, folder: Path) -> None:
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = "float32"
+    written = config.to_dict()
+    for key in ("quantization_config", "transformers_version", "_name_or_path"):
+        written.pop(key, None)
+    text = json.dumps(written, indent=1, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    if model.generation_config is not None:
+        generation = {k: v for k, v in model.generation_config.to_diff_dict().items() if k != "transformers_version"}
+        (folder / "generation_config.json").write_text(json.dumps(generation, indent=1, sort_keys=True) + "\n")
+
+
+def _hash(file: Path, progress: Progress) -> str:
+    digest, done, total = hashlib.sha256(), 0, file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            while block := stream.read(_BLOCK_BYTES):
+                if done == 0 and block[:4] != _MAGIC:
+                    raise ModelError(f"{file} is not a GGUF file", hint="give a GGUF file or a Hugging Face folder")
+                digest.update(block)
+                done += len(block)
+                progress("hashing the GGUF file", done, total)
+    except OSError as error:
+        raise ModelError(f"{file} can't be read: {error}", hint="check its permissions") from None
+    if done == 0:
+        raise ModelError(f"{file} is empty", hint="download it again")
+    return digest.hexdigest()
+
+
+def _refuse(file: Path, error: Exception) -> ModelError:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return ModelError(
+        f"{file} can't be converted: {lines[0][:300]}",
+        hint="the file is damaged, or transformers can't read this architecture from GGUF; "
+        "give the model in Hugging Face layout",
+    )

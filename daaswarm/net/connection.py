@@ -1,0 +1,484 @@
+"""One live connection: a session on a carrier, driven by trio, usable from worker threads.
+
+A lock guards session and carrier; it's only ever held for work that can't block. Writing: whoever queues a frame writes
+it at once; what the socket doesn't take is left to the writer task, so no write is ever cancelled half-way. Reading:
+at any time one reader. It's trio's task, unless a worker thread waits for an answer: then that thread reads the socket
+itself (the *leader*), which spares two thread switches a call, and hands others' answers to whoever waits for them.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from time import monotonic
+
+import trio
+
+from daaswarm.errors import Busy, ConnectionLost, DaaswarmError, DeadlineExceeded, RemoteProtocolError, TooLarge
+from daaswarm.limits import CALL_S, IDLE_PING_S, WRITE_STALL_S
+from daaswarm.messages import Contact, Failure, Ping, Pong, Reply, Request
+from daaswarm.net.carrier import Carrier, Signal
+from daaswarm.net.failures import get_error, get_failure
+from daaswarm.net.frames import Buffer, get_size
+from daaswarm.net.handshake import ProvenPeer
+from daaswarm.net.inbound import InboundBudget
+from daaswarm.net.session import CallCancelled, CallFailed, Event, ReplyReceived, RequestReceived, Session
+from daaswarm.types import PeerId
+
+log = logging.getLogger(__name__)
+
+FLUSH_BYTES = 1024 * 1024  # written in one go under the lock, about a millisecond; then others have their turn
+LEAD_S = 0.02  # trio's reader looks again after this while a worker thread reads
+PING_ANSWER_S = 10.0  # a peer that computes inline may answer a ping late, but not later than this
+
+_Answer = tuple[Reply, Sequence[Buffer]]
+_Handler = Callable[[PeerId, Contact | None, Request, memoryview, float], Awaitable[_Answer]]
+_FastHandler = Callable[[PeerId, Request, memoryview], "_Answer | None"]
+
+
+class PendingCall:
+    """A call that has been submitted. Wait for it in one place only."""
+
+    __slots__ = ("_body", "_call", "_connection", "_deadline_s", "_done", "_error", "_on_done", "_reply", "_wakeup")
+
+    def __init__(self, connection: Connection, deadline_s: float, on_done: Callable[[], None] | None = None) -> None:
+        self._connection = connection
+        self._deadline_s = deadline_s
+        self._call = 0
+        self._reply: Reply | None = None
+        self._body: memoryview | None = None
+        self._error: DaaswarmError | None = None
+        self._done = False
+        self._on_done = on_done
+        self._wakeup = threading.Lock()
+        self._wakeup.acquire()
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self._connection.peer_id
+
+    def wait(self, timeout_s: float | None = None) -> tuple[Reply, memoryview]:
+        """Block this (worker) thread until the answer; by default as long as the call's deadline.
+
+        Raises:
+            DeadlineExceeded: no answer in time; the call is cancelled.
+            ConnectionLost, Busy, ExpertError, ...: as for ``Network.call``.
+        """
+        timeout_s = self._deadline_s if timeout_s is None else timeout_s
+        if not self._done:
+            self._connection.wait_for(self, monotonic() + timeout_s)
+        return self.get_result(timeout_s)
+
+    def cancel(self) -> None:
+        """Give the call up. Thread-safe; does nothing when it has ended."""
+        self._connection.cancel(self)
+
+    def is_done(self) -> bool:
+        return self._done
+
+    def get_result(self, timeout_s: float) -> tuple[Reply, memoryview]:
+        """The answer; an unfinished call is cancelled as too late."""
+        if not self._done:
+            self.cancel()
+            raise DeadlineExceeded(f"no answer from {self.peer_id} within {timeout_s:g} s")
+        if self._error is not None:
+            raise self._error
+        assert self._reply is not None and self._body is not None
+        if isinstance(self._reply, Failure):
+            raise get_error(self._reply, self.peer_id)
+        return self._reply, self._body
+
+    # -- for the connection -----------------------------------------------------------------------------------
+
+    def finish(self, reply: Reply | None, body: memoryview | None, error: DaaswarmError | None) -> None:
+        self._reply, self._body, self._error = reply, body, error
+        self._done = True
+        self.wake()
+        if self._on_done is not None:
+            self._on_done()
+
+    def wake(self) -> None:
+        try:
+            self._wakeup.release()
+        except RuntimeError:
+            pass  # it's awake already
+
+    def sleep(self, timeout_s: float) -> None:
+        self._wakeup.acquire(timeout=max(0.0, min(timeout_s, threading.TIMEOUT_MAX)))
+
+
+class Connection:
+    """Args:
+
+    carrier, is_client, peer: as the handshake left them.
+    budget: the node's, shared by its connections.
+    handler, fast_handler: see ``network.py``.
+    early: bytes that came right behind the handshake.
+
+    Create it in trio's thread and run :meth:`run` in a task.
+    """
+
+    def __init__(
+        self,
+        carrier: Carrier,
+        peer: ProvenPeer,
+        *,
+        is_client: bool,
+        budget: InboundBudget,
+        handler: _Handler,
+        fast_handler: _FastHandler | None = None,
+        early: bytes = b"",
+    ) -> None:
+        self.peer = peer
+        self.peer_id = peer.peer_id
+        self.remote_addr = carrier.remote_addr
+        self.is_client = is_client
+        self._carrier = carrier
+        self._handler = handler
+        self._fast_handler = fast_handler
+        self._lock = threading.RLock()
+        self._error: DaaswarmError | None = None
+        self._token = trio.lowlevel.current_trio_token()
+        self._thread = threading.get_ident()
+        self._session = Session(is_client=is_client, budget=budget, wake=self._on_room)
+        self._unwritten = Signal()
+        self._ended = trio.Event()
+        self._scopes: dict[int, trio.CancelScope] = {}
+        self._nursery: trio.Nursery | None = None
+        self._early = early
+        self._heard = 0  # reads that brought something
+        self._reader = threading.Lock()  # held by whoever reads the carrier
+        self._leads = 0  # how often a worker thread did
+        self._followers: deque[PendingCall] = deque()  # threads that wait while another one reads
+
+    @property
+    def is_open(self) -> bool:
+        return self._error is None
+
+    @property
+    def is_idle(self) -> bool:
+        """No calls either way."""
+        return not (self._session.own_calls or self._session.served_calls)
+
+    async def run(self) -> None:
+        """Drive the connection until it ends. Calls that are in flight then fail with ConnectionLost."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._cancel_when_ended, nursery.cancel_scope)
+                nursery.start_soon(self._write_loop)
+                nursery.start_soon(self._keep_alive)
+                if self._early:
+                    self._dispatch(self._receive())
+                await self._read_loop()
+        finally:
+            self.close(ConnectionLost("this node is shutting down"))
+            with trio.CancelScope(shield=True):
+                # The carrier was shut down, so a thread that reads it is about to notice. The lock is never given
+                # back: no thread may read a socket whose number could belong to another file by then.
+                while not self._reader.acquire(blocking=False):
+                    await trio.sleep(LEAD_S)
+            self._carrier.close()
+
+    async def call(
+        self, message: Request, body: Sequence[Buffer] = (), *, deadline_s: float
+    ) -> tuple[Reply, memoryview]:
+        """Like ``Network.call``, on this connection."""
+        deadline_s = min(deadline_s, CALL_S)
+        done = Signal()
+        pending = self.submit(message, body, deadline_s=deadline_s, on_done=done.set)
+        try:
+            with trio.move_on_after(deadline_s):
+                await done.wait()
+        finally:
+            if not pending.is_done():
+                pending.cancel()
+        return pending.get_result(deadline_s)
+
+    def submit(
+        self,
+        message: Request,
+        body: Sequence[Buffer] = (),
+        *,
+        deadline_s: float,
+        on_done: Callable[[], None] | None = None,
+    ) -> PendingCall:
+        """Write a call from any thread. The body must stay as it is until the answer.
+
+        Raises:
+            ConnectionLost: the connection has ended.
+            Busy: too many calls are in flight.
+            TooLarge: the message or body is over its limit.
+        """
+        pending = PendingCall(self, min(deadline_s, CALL_S), on_done)
+        with self._lock:
+            if self._error is not None:
+                raise self._get_lost()
+            try:
+                pending._call = self._session.send_request(pending, message, body, deadline_s)
+            except ConnectionLost as error:
+                self.close(error)
+                raise
+            self._flush()
+        return pending
+
+    def cancel(self, pending: PendingCall) -> None:
+        """Tell the peer that nobody waits for this call any more."""
+        with self._lock:
+            if self._error is None and not pending.is_done():
+                try:
+                    self._session.cancel(pending._call)
+                except RemoteProtocolError as error:
+                    self.close(error)
+                self._flush()
+
+    def close(self, reason: DaaswarmError) -> None:
+        """End the connection. From any thread; the first reason stays."""
+        with self._lock:
+            if self._error is not None:
+                return
+            self._error = reason
+            tickets = self._session.close()
+            self._carrier.shut_down()
+        level = logging.INFO if isinstance(reason, RemoteProtocolError) else logging.DEBUG
+        log.log(level, "connection with %s at %s ended: %s", self.peer_id, self.remote_addr, reason)
+        for ticket in tickets:
+            assert isinstance(ticket, PendingCall)
+            ticket.finish(None, None, self._get_lost())
+        self._in_trio(self._ended.set)
+
+    # -- reading ----------------------------------------------------------------------------------------------
+
+    def wait_for(self, pending: PendingCall, deadline: float) -> None:
+        """Block a worker thread until ``pending`` is done or ``deadline`` (monotonic, s) has passed, reading if need be."""
+        can_lead = self._carrier.threads_can_read
+        while not pending.is_done() and (remaining := deadline - monotonic()) > 0:
+            if not can_lead:
+                pending.sleep(remaining)
+            elif self._reader.acquire(blocking=False):
+                self._lead(pending, deadline)
+            else:
+                self._followers.append(pending)
+                # Whoever reads now will wake a follower. If it stopped before we became one, nobody would.
+                if self._reader.acquire(blocking=False):
+                    self._lead(pending, deadline)
+                else:
+                    pending.sleep(remaining)
+
+    def _lead(self, pending: PendingCall, deadline: float) -> None:
+        """Read the carrier in this thread until ``pending`` is done. Gives ``_reader`` back."""
+        self._leads += 1
+        try:
+            while not pending.is_done() and self._error is None and (remaining := deadline - monotonic()) > 0:
+                self._carrier.wait_readable_blocking(remaining)
+                events = self._receive()
+                if events:
+                    self._in_trio(self._dispatch, events)
+        finally:
+            self._stop_reading()
+
+    def _stop_reading(self) -> None:
+        self._reader.release()
+        while self._followers:
+            try:
+                follower = self._followers.popleft()
+            except IndexError:
+                return
+            if not follower.is_done():
+                follower.wake()
+                return
+
+    async def _read_loop(self) -> None:
+        leads = 0
+        while self._error is None:
+            await self._carrier.wait_readable()
+            if leads != self._leads or not self._reader.acquire(blocking=False):
+                leads = self._leads
+                await trio.sleep(LEAD_S)
+                continue
+            try:
+                events = self._receive()
+            finally:
+                self._stop_reading()
+            if events:
+                self._dispatch(events)
+
+    def _receive(self) -> list[Event]:
+        """Read once and finish the calls that were answered; the events that are left to trio's thread."""
+        events: list[Event] = []
+        with self._lock:
+            if self._error is not None:
+                return events
+            try:
+                data = self._early or self._carrier.receive()
+                self._early = b""
+                if data is None:
+                    return events
+                if not len(data):
+                    self.close(ConnectionLost("the peer closed it"))
+                    return events
+                self._heard += 1
+                self._session.receive(data, events)
+            except OSError as error:
+                self.close(ConnectionLost(f"reading failed: {error}"))
+            except DaaswarmError as error:
+                self.close(error)
+            else:
+                self._flush()
+        others: list[Event] = []
+        for event in events:
+            if isinstance(event, ReplyReceived):
+                assert isinstance(event.ticket, PendingCall)
+                event.ticket.finish(event.message, event.body, None)
+            elif isinstance(event, CallFailed):
+                assert isinstance(event.ticket, PendingCall)
+                event.ticket.finish(None, None, event.error)
+            else:
+                others.append(event)
+        return others
+
+    # -- serving ----------------------------------------------------------------------------------------------
+
+    def _dispatch(self, events: list[Event]) -> None:
+        for event in events:
+            if self._error is not None:
+                return
+            if isinstance(event, RequestReceived):
+                self._serve(event)
+            elif isinstance(event, CallCancelled):
+                scope = self._scopes.get(event.call)
+                if scope is not None:
+                    scope.cancel()
+
+    def _serve(self, request: RequestReceived) -> None:
+        if isinstance(request.message, Ping):
+            self._reply(request.call, Pong())
+            return
+        if self._fast_handler is not None:
+            try:
+                answer = self._fast_handler(self.peer_id, request.message, request.body)
+            except DaaswarmError as error:
+                answer = get_failure(error), ()
+            if answer is not None:
+                self._reply(request.call, *answer)
+                return
+        assert self._nursery is not None
+        self._nursery.start_soon(self._serve_in_task, request)
+
+    async def _serve_in_task(self, request: RequestReceived) -> None:
+        answer: _Answer = get_failure(DeadlineExceeded("not done by the call's deadline")), ()
+        with trio.move_on_after(request.deadline_s) as scope:
+            self._scopes[request.call] = scope
+            try:
+                answer = await self._handler(
+                    self.peer_id, self.peer.contact, request.message, request.body, request.deadline_s
+                )
+            except DaaswarmError as error:
+                answer = get_failure(error), ()
+            except Exception:
+                # A bug of ours costs the one call that met it, not the node.
+                log.exception("serving %s for %s failed", type(request.message).__name__, self.peer_id)
+                answer = Failure(code="error", message="internal error; the host's log has the details"), ()
+            finally:
+                del self._scopes[request.call]
+        self._reply(request.call, *answer)
+
+    def _reply(self, call: int, message: Reply, body: Sequence[Buffer] = ()) -> None:
+        with self._lock:
+            if self._error is not None:
+                return
+            try:
+                self._session.send_reply(call, message, body)
+            except TooLarge as error:
+                self._session.send_reply(call, get_failure(error))
+            self._flush()
+
+    # -- writing ----------------------------------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        """Write what can be written now; the writer task gets the rest. Under the lock."""
+        if self._error is None and not self._write_some():
+            self._unwritten.set()
+
+    def _write_some(self) -> bool:
+        """``True`` when nothing is left to write."""
+        written = 0
+        try:
+            if not self._carrier.flush():
+                return False
+            while (buffers := self._session.next_buffers()) is not None:
+                if not self._carrier.send(buffers):
+                    return False
+                written += get_size(buffers)
+                if written >= FLUSH_BYTES:
+                    return False
+        except OSError as error:
+            self.close(ConnectionLost(f"writing failed: {error}"))
+        except DaaswarmError as error:
+            self.close(error)
+        return True
+
+    async def _write_loop(self) -> None:
+        while self._error is None:
+            self._unwritten.clear()
+            with self._lock:
+                done = self._error is not None or self._write_some()
+            if done:
+                await self._unwritten.wait()
+                continue
+            with trio.move_on_after(WRITE_STALL_S) as scope:
+                await self._carrier.wait_writable()
+            if scope.cancelled_caught:
+                self.close(ConnectionLost(f"the peer has read nothing for {WRITE_STALL_S:g} s"))
+
+    def _on_room(self) -> None:
+        self._in_trio(self._grant_windows)
+
+    def _grant_windows(self) -> None:
+        with self._lock:
+            if self._error is None:
+                try:
+                    self._session.grant_windows()
+                except RemoteProtocolError as error:
+                    self.close(error)
+                self._flush()
+
+    # -- the rest ---------------------------------------------------------------------------------------------
+
+    async def _keep_alive(self) -> None:
+        heard = -1
+        while True:
+            await trio.sleep(IDLE_PING_S)
+            with self._lock:
+                stalled = self._session.has_stalled()
+            if stalled:
+                self.close(ConnectionLost(f"the peer has taken nothing of an answer for {IDLE_PING_S:g} s"))
+            if self._heard == heard:
+                try:
+                    await self.call(Ping(), deadline_s=PING_ANSWER_S)
+                except (DeadlineExceeded, Busy):
+                    self.close(ConnectionLost(f"silent for {IDLE_PING_S + PING_ANSWER_S:g} s"))
+                except DaaswarmError as error:
+                    self.close(error)
+            heard = self._heard
+
+    async def _cancel_when_ended(self, scope: trio.CancelScope) -> None:
+        await self._ended.wait()
+        scope.cancel()
+
+    def _get_lost(self) -> ConnectionLost:
+        error = self._error
+        lost = ConnectionLost(f"the connection with {self.peer_id} at {self.remote_addr} ended: {error}")
+        lost.__cause__ = error
+        return lost
+
+    def _in_trio(self, function: Callable[..., object], *args: object) -> None:
+        if threading.get_ident() == self._thread and function is not self._grant_windows:
+            function(*args)
+            return
+        try:
+            self._token.run_sync_soon(function, *args)
+        except trio.RunFinishedError:
+            pass  # the node is gone, and its connections with it

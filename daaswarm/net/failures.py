@@ -1,0 +1,63 @@
+"""Errors of ours to ``Failure`` messages and back: a refusal keeps its name across the wire."""
+
+from __future__ import annotations
+
+from daaswarm.errors import (
+    Busy,
+    ConfigError,
+    ConnectionLost,
+    DaaswarmError,
+    DeadlineExceeded,
+    ExpertError,
+    ModelError,
+    Offline,
+    RemoteProtocolError,
+    TooLarge,
+)
+from daaswarm.messages import Failure
+
+MESSAGE_CHARS = 1000  # of Failure.message and Failure.hint, which the wire caps at 1,024
+MAX_RETRY_S = 30.0  # a peer can't talk anyone into waiting longer
+
+UNSUPPORTED = "unsupported"
+
+_BY_CODE: dict[str, type[DaaswarmError]] = {
+    kind.code: kind
+    for kind in (
+        ConfigError,
+        ConnectionLost,
+        DeadlineExceeded,
+        ExpertError,
+        ModelError,
+        Offline,
+        RemoteProtocolError,
+        TooLarge,
+    )
+}
+
+
+def get_failure(error: DaaswarmError) -> Failure:
+    """What the peer is told about ``error``."""
+    retry_after_s = error.retry_after_s if isinstance(error, Busy) else 0.0
+    return Failure(
+        code=error.code,
+        message=error.message[:MESSAGE_CHARS],
+        hint=error.hint[:MESSAGE_CHARS],
+        retry_after_s=retry_after_s,
+    )
+
+
+def get_error(failure: Failure, peer: str) -> DaaswarmError:
+    """The error that ``peer`` answered with; a code of a newer version becomes an :class:`ExpertError` naming it."""
+    message = f"{peer}: {failure.message}"
+    if failure.code == Busy.code:
+        retry_after_s = failure.retry_after_s
+        if not 0 <= retry_after_s <= MAX_RETRY_S:  # also when it is NaN
+            retry_after_s = MAX_RETRY_S
+        return Busy(message, hint=failure.hint, retry_after_s=retry_after_s)
+    kind = _BY_CODE.get(failure.code)
+    if kind is None:
+        return ExpertError(f"{message} ({failure.code})", hint=failure.hint)
+    if issubclass(kind, RemoteProtocolError):
+        return RemoteProtocolError(message, hint=failure.hint, reject=False)
+    return kind(message, hint=failure.hint)

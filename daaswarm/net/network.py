@@ -1,0 +1,78 @@
+"""What a network is to the rest of the node: calls out, calls in. TCP (``dataplane.py``) and memory (``memory.py``)."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
+
+from daaswarm.messages import Contact, Reply, Request
+from daaswarm.net.connection import PendingCall
+from daaswarm.net.frames import Buffer
+from daaswarm.types import PeerId
+
+Answer = tuple[Reply, Sequence[Buffer]]
+
+Handler = Callable[[PeerId, Contact | None, Request, memoryview, float], Awaitable[Answer]]
+"""``(peer, its contact if it can be dialled, request, body, deadline_s)`` → (reply, body parts). Raise a
+``DaaswarmError`` to refuse; it keeps its name across the wire. Cancelled when the deadline passes, or the peer gives up
+or is gone."""
+
+FastHandler = Callable[[PeerId, Request, memoryview], Answer | None]
+"""Tried first, in trio's thread, without a task; ``None`` sends the request the :data:`Handler`'s way."""
+
+
+class Network(Protocol):
+    """One node's calls to others. All methods are for trio's thread, except :meth:`submit`."""
+
+    @property
+    def peer_id(self) -> PeerId: ...
+
+    @property
+    def contact(self) -> Contact | None:
+        """Own dialable addresses; ``None`` for a node that only dials."""
+        ...
+
+    async def connect(self, contact: Contact) -> PeerId:
+        """Make sure there is a connection; the PeerId that was proven.
+
+        Raises:
+            Unreachable: no address answered as daaswarm in time.
+            PeerIdMismatch: another peer answered.
+            RemoteProtocolError: it's another swarm, another version, or not daaswarm.
+        """
+        ...
+
+    async def connect_addr(self, addr: str) -> Contact:
+        """Like :meth:`connect` for one multiaddress, with or without ``/p2p/ID``; whoever was proven there."""
+        ...
+
+    async def call(
+        self, contact: Contact, message: Request, body: Sequence[Buffer] = (), *, deadline_s: float
+    ) -> tuple[Reply, memoryview]:
+        """Connect if need be, call, and wait. Never returns a ``Failure``: that is raised as the error it names.
+
+        Raises:
+            Unreachable: no connection could be made.
+            ConnectionLost: it ended before the answer.
+            DeadlineExceeded: no answer within ``deadline_s``.
+            Busy, ExpertError, ...: what the peer answered.
+        """
+        ...
+
+    def submit(
+        self, contact: Contact, message: Request, body: Sequence[Buffer] = (), *, deadline_s: float
+    ) -> PendingCall:
+        """Write a call to the live connection from a worker thread; then ``PendingCall.wait()``. Thread-safe.
+
+        Raises:
+            Unreachable: there is no live connection; :meth:`connect` first.
+        """
+        ...
+
+    def is_connected(self, peer_id: PeerId) -> bool:
+        """Thread-safe."""
+        ...
+
+    async def disconnect(self, peer_id: PeerId, reason: str) -> None:
+        """End the connections to a peer (banned, or no longer wanted)."""
+        ...

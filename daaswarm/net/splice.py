@@ -1,0 +1,71 @@
+"""Inbound connections of libp2p peers and browsers, passed byte by byte to the libp2p host's loopback listeners."""
+
+from __future__ import annotations
+
+import logging
+import socket
+
+import trio
+
+from daaswarm.errors import Busy, RemoteProtocolError, Unreachable
+
+log = logging.getLogger(__name__)
+
+MAX_SPLICES = 128  # each costs four file descriptors and a libp2p connection of 60 KB
+SPLICE_IDLE_S = 120.0  # libp2p's own keep-alive is well below
+CONNECT_S = 5.0  # to our own loopback
+COPY_BYTES = 64 * 1024  # read at once
+
+MULTISTREAM_BYTE = 0x13  # the length of "/multistream/1.0.0\n"
+HTTP_BYTE = ord("G")  # a WebSocket begins with GET
+
+
+class Splicer:
+    """``targets``: first byte → (host, port) of an inner listener. Empty while no libp2p host runs."""
+
+    def __init__(self) -> None:
+        self.targets: dict[int, tuple[str, int]] = {}
+        self._count = 0
+
+    async def splice(self, sock: socket.socket, first: int) -> None:
+        """Copy both ways until either end closes, or both are idle. Leaves ``sock`` to the caller to close.
+
+        Raises:
+            RemoteProtocolError: nothing here understands what begins with ``first``.
+            Busy: too many splices.
+            Unreachable: the inner listener is gone.
+        """
+        target = self.targets.get(first)
+        if target is None:
+            raise RemoteProtocolError(f"speaks neither TLS nor libp2p (first byte 0x{first:02x})")
+        if self._count >= MAX_SPLICES:
+            raise Busy(f"{MAX_SPLICES} libp2p connections are open")
+        self._count += 1
+        try:
+            outer = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+            try:
+                with trio.fail_after(CONNECT_S):
+                    inner = await trio.open_tcp_stream(*target)
+            except (OSError, trio.TooSlowError) as error:
+                raise Unreachable("the libp2p host does not answer") from error
+            async with inner:
+                await _copy_both(outer, inner)
+        finally:
+            self._count -= 1
+
+
+async def _copy_both(a: trio.SocketStream, b: trio.SocketStream) -> None:
+    with trio.move_on_after(SPLICE_IDLE_S) as scope:
+        async with trio.open_nursery() as nursery:
+
+            async def copy(source: trio.SocketStream, target: trio.SocketStream) -> None:
+                try:
+                    while data := await source.receive_some(COPY_BYTES):
+                        scope.deadline = trio.current_time() + SPLICE_IDLE_S
+                        await target.send_all(data)
+                    await target.send_eof()
+                except trio.BrokenResourceError:
+                    scope.cancel()
+
+            nursery.start_soon(copy, a, b)
+            nursery.start_soon(copy, b, a)

@@ -1,0 +1,151 @@
+"""The data directory of a node: identity key, settings, lock, control socket, known contacts."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+from nacl.signing import SigningKey
+
+from daaswarm.errors import ConfigError
+from daaswarm.messages import Contact
+
+SOCKET_PATH_BYTES = 100  # sun_path holds 104 (macOS) to 108 (Linux)
+CONTACTS = 64  # kept on disk; enough to find the swarm again without the bootstrap peer
+
+
+class DataDir:
+    """Paths and small files of one node.
+
+    Args:
+        path: the directory; made (mode 0700) when first written to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.key_path = path / "identity.key"
+        self.config_path = path / "config.toml"
+        self.lock_path = path / "node.lock"
+        self.contacts_path = path / "contacts.json"
+
+    def create(self) -> None:
+        """Make the directory.
+
+        Raises:
+            ConfigError: it can't be made or is a file.
+        """
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"data directory {self.path} can't be made: {error.strerror}", hint="choose another with --data-dir"
+            ) from error
+
+    @property
+    def socket_path(self) -> Path:
+        """Where a running node answers. A path too long for a socket gets a short one in the temporary folder."""
+        path = self.path.absolute() / "control.sock"
+        if len(os.fsencode(path)) <= SOCKET_PATH_BYTES:
+            return path
+        digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+        folder = Path(tempfile.gettempdir()) / f"daaswarm-{os.getuid()}"
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        try:
+            owned = folder.lstat()
+        except OSError as error:
+            raise ConfigError(f"{folder} can't be made: {error.strerror}", hint="use a shorter --data-dir") from error
+        if not stat.S_ISDIR(owned.st_mode) or owned.st_uid != os.getuid() or owned.st_mode & 0o077:
+            raise ConfigError(f"{folder} is not a private folder of yours", hint="use a shorter --data-dir")
+        return folder / f"{digest}.sock"
+
+    def has_key(self) -> bool:
+        return self.key_path.exists()
+
+    def load_key(self) -> SigningKey:
+        """The node's Ed25519 key; made on first use, mode 0600.
+
+        Raises:
+            ConfigError: unreadable, readable by others, or not a key. It is never overwritten.
+        """
+        if not self.key_path.exists():
+            self._create_key()
+        try:
+            mode = self.key_path.stat().st_mode
+            content = self.key_path.read_text("ascii").strip()
+            seed = bytes.fromhex(content)
+        except OSError as error:
+            raise ConfigError(f"{self.key_path} can't be read: {error.strerror}", hint="check its owner") from error
+        except ValueError:
+            seed = b""
+        else:
+            if os.name == "posix" and mode & 0o077:
+                raise ConfigError(f"{self.key_path} is readable by others", hint=f"run chmod 600 {self.key_path}")
+        if len(seed) != 32:
+            raise ConfigError(
+                f"{self.key_path} holds no Ed25519 key (64 hex digits)",
+                hint="restore it from a backup, or move it away to start with a new identity",
+            )
+        return SigningKey(seed)
+
+    def _create_key(self) -> None:
+        self.create()
+        fd, name = tempfile.mkstemp(dir=self.path, prefix=".identity-")  # mode 0600 from the start
+        try:
+            with os.fdopen(fd, "w", encoding="ascii") as file:
+                file.write(SigningKey.generate().encode().hex() + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            with contextlib.suppress(FileExistsError):  # another process was first: its key counts
+                os.link(name, self.key_path)
+        except OSError as error:
+            raise ConfigError(f"{self.key_path} can't be written: {error.strerror}", hint="free some space") from error
+        finally:
+            Path(name).unlink()
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the directory for one node at a time; released by the kernel when the process dies.
+
+        Raises:
+            ConfigError: another node runs on it.
+        """
+        import fcntl
+
+        self.create()
+        with self.lock_path.open("a+", encoding="ascii") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                owner = file.read(32).strip()
+                raise ConfigError(
+                    f"a node already runs on {self.path}" + (f" (process {owner})" if owner else ""),
+                    hint="use it (host-expert and infer attach to it), stop it, or choose another --data-dir",
+                ) from None
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            try:
+                yield
+            finally:
+                file.truncate(0)
+
+    def load_contacts(self) -> list[Contact]:
+        """Peers seen by an earlier run; an unreadable file is no contacts, not an error."""
+        try:
+            return msgspec.json.decode(self.contacts_path.read_bytes(), type=list[Contact])[:CONTACTS]
+        except (OSError, msgspec.MsgspecError):
+            return []
+
+    def save_contacts(self, contacts: list[Contact]) -> None:
+        """Replace the file in one step, so that a crash leaves the old or the new one."""
+        temporary = self.contacts_path.with_suffix(".new")
+        temporary.write_bytes(msgspec.json.encode(contacts[:CONTACTS]))
+        temporary.replace(self.contacts_path)

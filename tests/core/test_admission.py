@@ -1,0 +1,102 @@
+"""Admission: bounded by count and by waiting time, fair among peers."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from swarm_driver import NOW
+
+from daaswarm.core.admission import RETRY_MAX_S, RETRY_MIN_S, Admission, Admitted, Refused, Ticket
+from daaswarm.types import PeerId
+
+A, B = PeerId("a"), PeerId("b")
+
+
+def admit(admission: Admission, peer: PeerId, rows: int = 1, deadline_s: float = 1.0) -> Ticket:
+    verdict = admission.try_admit(peer, rows, deadline_s, NOW)
+    assert isinstance(verdict, Admitted)
+    return verdict.ticket
+
+
+class AdmissionMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.admission = Admission(calls_per_peer=3, calls_per_host=5)
+        self.waiting: list[Ticket] = []
+        self.running: list[Ticket] = []
+
+    @rule(peer=st.sampled_from("abc"), rows=st.integers(1, 50), deadline_s=st.sampled_from([0.01, 1.0, 30.0]))
+    def call(self, peer: str, rows: int, deadline_s: float) -> None:
+        every = self.waiting + self.running
+        full = len(every) >= 5 or sum(t.peer == peer for t in every) >= 3
+        wait_s = self.admission.expected_wait_s
+        verdict = self.admission.try_admit(PeerId(peer), rows, deadline_s, NOW)
+        if full or wait_s > deadline_s / 2:
+            assert (
+                isinstance(verdict, Refused) and RETRY_MIN_S <= verdict.retry_after_s <= RETRY_MAX_S and verdict.reason
+            )
+        else:
+            assert isinstance(verdict, Admitted)
+            assert (verdict.ticket.work_rows, verdict.ticket.late_at) == (rows, NOW + deadline_s)
+            self.waiting.append(verdict.ticket)
+
+    @rule()
+    def start(self) -> None:
+        ticket = self.admission.next()
+        if not self.waiting:
+            assert ticket is None
+            return
+        assert ticket is not None
+        assert ticket is next(t for t in self.waiting if t.peer == ticket.peer), "in order within a peer"
+        self.waiting.remove(ticket)
+        self.running.append(ticket)
+
+    @rule(data=st.data(), service_s=st.sampled_from([None, 0.001, 0.5]))
+    def finish(self, data: st.DataObject, service_s: float | None) -> None:
+        every = self.waiting + self.running
+        if not every:
+            return
+        ticket = data.draw(st.sampled_from(every))
+        self.admission.finish(ticket, service_s)
+        self.admission.finish(ticket, service_s)  # twice does no harm
+        (self.waiting if ticket in self.waiting else self.running).remove(ticket)
+
+    @invariant()
+    def valid(self) -> None:
+        self.admission.validate()
+        assert self.admission.queue_depth == len(self.waiting)
+
+
+TestAdmission = AdmissionMachine.TestCase
+TestAdmission.settings = settings(max_examples=50, stateful_step_count=50, deadline=None)
+
+
+def test_peers_take_turns() -> None:
+    admission = Admission()
+    mine = [admit(admission, A) for _ in range(4)]
+    yours = [admit(admission, B) for _ in range(2)]
+    order = [admission.next() for _ in range(6)]
+    assert order == [mine[0], yours[0], mine[1], yours[1], mine[2], mine[3]]
+    assert admission.next() is None
+
+
+def test_a_call_is_refused_when_it_would_wait_for_half_of_its_deadline() -> None:
+    admission = Admission()
+    ticket = admit(admission, A, rows=10)
+    assert admission.next() is ticket
+    admission.finish(ticket, 0.1)  # 10 ms a row
+    admit(admission, A, rows=100)
+    refused = admission.try_admit(B, 1, 1.5, NOW)
+    assert isinstance(refused, Refused) and "deadline" in refused.reason
+    assert abs(refused.retry_after_s - 0.25) < 1e-9
+    admit(admission, B, rows=1, deadline_s=3.0)
+
+
+def test_work_that_came_to_nothing_leaves_the_queue_and_teaches_nothing() -> None:
+    admission = Admission()
+    ticket = admit(admission, A, rows=100)
+    admission.finish(ticket)
+    assert admission.next() is None and admission.expected_wait_s == 0
+    admit(admission, A, rows=100)
+    assert admission.expected_wait_s == 0

@@ -1,0 +1,120 @@
+"""RoutingTable: kept contacts are right, near and alive."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from swarm_driver import NOW, make_contact, make_peer
+
+from daaswarm.core.routing_table import MAX_FAILURES, RoutingTable, compute_distance, get_node_id
+from daaswarm.types import PeerId
+
+OWN = make_peer(0)
+CONTACTS = [make_contact(n) for n in range(64)]
+K = 4
+
+
+class TableMachine(RuleBasedStateMachine):
+    """Against a plain model: who was seen last, and how often each failed since."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = RoutingTable(OWN, K)
+        self.seen: dict[str, int] = {}  # peer -> failures in a row since it was seen
+        self.now = NOW
+
+    @rule(n=st.integers(0, 63))
+    def see(self, n: int) -> None:
+        self.now += 1
+        inside = self.table.note_seen(CONTACTS[n], self.now)
+        assert inside == (CONTACTS[n].peer_id in self.table)
+        if n:
+            self.seen[CONTACTS[n].peer_id] = 0
+        else:
+            assert not inside
+
+    @rule(n=st.integers(0, 63))
+    def fail(self, n: int) -> None:
+        peer = PeerId(CONTACTS[n].peer_id)
+        was_in = peer in self.table
+        self.table.note_failed(peer, self.now)
+        if peer in self.seen:
+            self.seen[peer] += 1
+        if was_in and self.seen[peer] >= MAX_FAILURES:
+            assert peer not in self.table
+
+    @rule(n=st.integers(0, 63), count=st.integers(0, 10))
+    def ask(self, n: int, count: int) -> None:
+        target = get_node_id(CONTACTS[n].peer_id)
+        found = [c.peer_id for c in self.table.closest(target, count)]
+        healthy = [p for p in self.seen if p in self.table and not self.seen[p]]  # type: ignore[operator]
+        assert found == sorted(healthy, key=lambda p: compute_distance(get_node_id(p), target))[:count]
+
+    @invariant()
+    def holds_only_the_seen(self) -> None:
+        self.table.validate()
+        peers = {e.contact.peer_id for e in self.table.get_entries()}
+        assert peers <= self.seen.keys()
+        # The contacts nearest to us are all there: no neighbour that never failed is left out.
+        never_failed = [p for p, failures in self.seen.items() if not failures]
+        if len(self.seen) <= K:
+            assert peers >= set(never_failed)
+
+
+TestTable = TableMachine.TestCase
+TestTable.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+
+
+def test_full_buckets_keep_the_old_and_hold_spares() -> None:
+    table = RoutingTable(OWN, K)
+    far = [c for c in CONTACTS[1:] if compute_distance(get_node_id(OWN), get_node_id(c.peer_id)).bit_length() == 256]
+    near = [c for c in CONTACTS[1:] if c not in far]
+    assert len(far) > K + 2 and len(near) > K
+    for contact in near[: K + 1] + far:
+        table.note_seen(contact, NOW)
+    inside = [c for c in far if c.peer_id in table]
+    assert inside == far[:K], "long-lived contacts stay"
+    table.note_failed(PeerId(far[0].peer_id), NOW)
+    assert far[0].peer_id not in table and far[-1].peer_id in table, "the freshest spare takes over at once"
+
+
+def test_neighbours_are_all_kept() -> None:
+    table = RoutingTable(OWN)
+    for n in range(1, 400):
+        table.note_seen(make_contact(n), NOW)
+    table.validate()
+    everyone = sorted(
+        (make_peer(n) for n in range(1, 400)), key=lambda p: compute_distance(get_node_id(p), get_node_id(OWN))
+    )
+    assert [c.peer_id for c in table.closest(get_node_id(OWN), 20)] == everyone[:20]
+    assert len(table) < 399
+
+
+def test_a_contact_without_spares_gets_a_second_chance_and_new_addresses() -> None:
+    table = RoutingTable(OWN)
+    contact = make_contact(1)
+    table.note_seen(contact, NOW)
+    table.note_failed(PeerId(contact.peer_id), NOW)
+    assert contact.peer_id in table and table.closest(bytes(32), 5) == []
+    moved = type(contact)(peer_id=contact.peer_id, addrs=["/ip4/9.9.9.9/tcp/9"])
+    table.note_seen(moved, NOW)
+    assert table.closest(bytes(32), 5) == [moved]
+    table.note_failed(PeerId(contact.peer_id), NOW)
+    table.note_failed(PeerId(contact.peer_id), NOW)
+    assert contact.peer_id not in table
+
+
+def test_stale_targets_fall_into_their_buckets() -> None:
+    table = RoutingTable(OWN, K)
+    for n in range(1, 64):
+        table.note_seen(make_contact(n), NOW)
+    rng = random.Random(1)
+    targets = table.get_stale_targets(NOW, 100, rng)
+    assert len(targets) > 2
+    for target in targets:
+        table.note_refreshed(target, NOW)
+    assert table.get_stale_targets(NOW, 100, rng) == [], "each target was in a bucket of its own"
+    assert len(table.get_stale_targets(NOW + 1, 2, rng)) == 2
