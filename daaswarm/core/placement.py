@@ -55,9 +55,8 @@ def choose_experts(
         first = int(rng.random() * len(order))
         rotated = order[first:] + order[:first]
         # Whole layers before parts of layers; what is left over then takes single experts.
-        whole = [layer for layer in rotated if len(level[layer]) * sizes[layer] <= left]
         taken: set[int] = set()
-        for layer in whole:
+        for layer in rotated:
             if len(level[layer]) * sizes[layer] <= left:
                 chosen.setdefault(layer, []).extend(level[layer])
                 left -= len(level[layer]) * sizes[layer]

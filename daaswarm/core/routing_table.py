@@ -156,6 +156,7 @@ class RoutingTable:
         """Moves what is nearer than the last bucket's own prefix into a new last bucket (which never has spares)."""
         old = self._buckets[-1]
         self._buckets.append(_Bucket(old.refreshed_at))
+        old.refreshed_at = NEVER  # the lookups so far were near to us: the far half is due
         entries, old.entries = old.entries, {}
         for peer, entry in entries.items():
             self._get_bucket(peer).entries[peer] = entry

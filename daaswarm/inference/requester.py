@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+import outcome
 import torch
 import trio
 
@@ -18,7 +19,7 @@ from daaswarm.core.router import ReplicaRouter
 from daaswarm.errors import NoPeerCouldServe
 from daaswarm.inference.generation import Generated, Prompt, encode_prompt, generate
 from daaswarm.inference.plan import HostPlan
-from daaswarm.inference.swarm_experts import LocalCompute, Stopped, SwarmExperts
+from daaswarm.inference.swarm_experts import LocalCompute, SwarmExperts
 from daaswarm.messages import Contact
 from daaswarm.models.manifest import Progress
 from daaswarm.models.sources import LocalModel
@@ -123,16 +124,13 @@ class Requester:
             finally:
                 del self._current.experts
 
-        try:
-            # Cancelling doesn't abandon the thread: it ends at its next layer, so that nothing computes on unseen.
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_stop_when_cancelled, experts.stop)
-                result = await trio.to_thread.run_sync(in_thread, abandon_on_cancel=False)
-                nursery.cancel_scope.cancel()
-            return result
-        except Stopped:
-            await trio.lowlevel.checkpoint_if_cancelled()
-            raise
+        # Cancelling doesn't abandon the thread: it ends at its next layer, so that nothing computes on unseen.
+        async with trio.open_nursery() as nursery:
+            await nursery.start(_stop_when_cancelled, experts)
+            done = await trio.to_thread.run_sync(outcome.capture, in_thread, abandon_on_cancel=False)
+            experts.finished = True
+            nursery.cancel_scope.cancel()
+        return done.unwrap()
 
     async def answer(self, model: LocalModel, trunk: Trunk, plan: HostPlan, prompt: Prompt, emit: Emit) -> dict[str, Any]:
         """Generate; pieces of text go to ``emit`` as they come.
@@ -177,11 +175,13 @@ class Requester:
         return describe(model, trunk, experts, result)
 
 
-async def _stop_when_cancelled(stop: threading.Event) -> None:
+async def _stop_when_cancelled(experts: SwarmExperts, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
     try:
+        task_status.started()
         await trio.sleep_forever()
     finally:
-        stop.set()
+        if not experts.finished:
+            experts.cancel()
 
 
 def find_error(error: BaseException, kind: type[NoPeerCouldServe]) -> NoPeerCouldServe | None:

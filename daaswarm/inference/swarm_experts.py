@@ -145,6 +145,7 @@ class SwarmExperts:
         self.hosts: dict[PeerId, HostUse] = {}
         self.retries = 0
         self.stop = threading.Event()
+        self.finished = False  # set by whoever runs the model, when it has ended by itself
         self._network = network
         self._router = router
         self._refresh = refresh
@@ -153,6 +154,7 @@ class SwarmExperts:
         self._local = local
         self._dtype = TORCH_DTYPES[plan.dtype]
         self._dead: set[PeerId] = set()
+        self._in_flight: list[PendingCall | Computed] = []
         self._refreshed = False
         self._slices = {layer: list(range(count)) for layer, count in plan.layers.items()}
 
@@ -195,6 +197,12 @@ class SwarmExperts:
                 total.index_add_(0, into, part)
         return total.to(rows.device, rows.dtype)
 
+    def cancel(self) -> None:
+        """End the answer at once, from any thread: hosts are told, and the model's thread unwinds with ``Stopped``."""
+        self.stop.set()
+        for pending in list(self._in_flight):
+            pending.cancel()
+
     def _make_pair_shares(self, rows: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> list[Share]:
         shares = []
         k = index.shape[1]
@@ -222,6 +230,9 @@ class SwarmExperts:
                 for peer, part in self._route(layer, share):
                     sent.append(self._send(layer, peer, part))
             waiting = []
+            self._in_flight = [item[2] for item in sent if not isinstance(item[2], DaaswarmError)]
+            if self.stop.is_set():  # set between sending and listing the calls
+                self.cancel()
             for peer, share, pending, sent_bytes, started in sent:
                 if isinstance(pending, DaaswarmError):
                     self._note_failure(layer, peer, share, pending)
@@ -328,9 +339,12 @@ class SwarmExperts:
         return peer, share, pending, size, started
 
     def _wait(self, pending: PendingCall | Computed) -> tuple[ExpertReply, memoryview]:
-        reply, body = pending.wait()
-        if self.stop.is_set():
-            raise Stopped
+        try:
+            reply, body = pending.wait()
+        except RETRYABLE:
+            if self.stop.is_set():
+                raise Stopped from None
+            raise
         if not isinstance(reply, ExpertReply):
             raise RemoteProtocolError(f"an expert call was answered by {type(reply).__name__}")
         return reply, body
@@ -364,6 +378,9 @@ class Computed:
 
     def wait(self) -> tuple[ExpertReply, memoryview]:
         return self.reply, self.body
+
+    def cancel(self) -> None:
+        """It is over already."""
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

@@ -1,7 +1,6 @@
-"""What transformers knows about a checkpoint: its class, its split modules, and which tensor becomes which parameter.
+"""What transformers knows about a checkpoint: its class, and which of its modules can be split.
 
-Leans on internals of transformers (``core_model_loading``, ``conversion_mapping``), which is why its minor version
-is pinned.
+This and ``routing`` lean on internals of transformers, which is why its minor version is pinned.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import copy
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,23 +18,17 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    build_glob_alternation,
-    dot_natural_key,
-    rename_source_key,
-)
 from transformers.models.auto import modeling_auto
 from transformers.utils.generic import ContextManagers
 
 from daaswarm.errors import ModelError
 from daaswarm.models.checkpoint import read_config
 from daaswarm.models.dense import find_formula
+from daaswarm.models.manifest import Kind
 from daaswarm.models.tensors import COMPUTE_DTYPES
 from daaswarm.types import Dtype
 
+_OTHER_TOWER = re.compile(r"(^|\.)(vision|visual|image|audio|speech)")  # how experts for other inputs are named
 _GENERATORS = (
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
@@ -87,7 +79,7 @@ def get_class(config: PretrainedConfig) -> tuple[type[PreTrainedModel], Pretrain
     text = config.get_text_config(decoder=True)
     names = [*(config.architectures or [])]
     names += [getattr(modeling_auto, mapping, {}).get(config.model_type) for mapping in _GENERATORS]
-    found = [c for c in (getattr(transformers, str(name), None) for name in names) if _generates(c)]
+    found = [cls for name in names if (cls := _find_generator(name)) is not None]
     for accepted in (config, text):
         for cls in found:
             if isinstance(accepted, cls.config_class or ()):
@@ -98,8 +90,10 @@ def get_class(config: PretrainedConfig) -> tuple[type[PreTrainedModel], Pretrain
     )
 
 
-def _generates(found: Any) -> bool:
-    return isinstance(found, type) and issubclass(found, PreTrainedModel) and found.can_generate()
+def _find_generator(name: str | None) -> type[PreTrainedModel] | None:
+    found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    generates = isinstance(found, type) and issubclass(found, PreTrainedModel) and found.can_generate()
+    return found if generates else None
 
 
 def build_skeleton(config: PretrainedConfig, dtype: Dtype) -> PreTrainedModel:
@@ -110,7 +104,8 @@ def build_skeleton(config: PretrainedConfig, dtype: Dtype) -> PreTrainedModel:
     """
     cls, config = get_class(config)
     try:
-        with ContextManagers(cls.get_init_context(COMPUTE_DTYPES[dtype], False, False, None)):
+        contexts: list[Any] = cls.get_init_context(COMPUTE_DTYPES[dtype], False, False, None)
+        with ContextManagers(contexts):
             return cls(copy.deepcopy(config)).eval()
     except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, IndexError, ImportError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
@@ -130,18 +125,21 @@ class SplitModule:
     roles: dict[str, str] = field(default_factory=dict)
 
 
-def find_split(model: PreTrainedModel) -> tuple[str, dict[int, SplitModule]]:
+def find_split(model: PreTrainedModel) -> tuple[Kind, dict[int, SplitModule]]:
     """("moe" or "dense", {decoder layer: what is split there}).
 
     Raises:
         ModelError: nothing in this architecture can be split, with the reason.
     """
     decoder = _get_decoder_prefix(model)
-    hooked = {name: m for name, m in model.named_modules() if is_hooked(m)}
+    hooked: dict[str, nn.Module] = {name: m for name, m in model.named_modules() if is_hooked(m)}
     inside = {name: m for name, m in hooked.items() if name.startswith(decoder)} or hooked
     if inside:
         layers: dict[int, SplitModule] = {}
+        _refuse_tied(model, inside)
         for name, module in inside.items():
+            if _OTHER_TOWER.search(name[len(decoder) :]) and len(inside) > 1:
+                continue  # not called for text; stays with the requester
             _put(layers, model, name, SplitModule(name, module))
         return "moe", layers
     unhooked = [(n, m) for n, m in model.named_modules() if n.startswith(decoder) and n.endswith(".experts")]
@@ -223,6 +221,17 @@ def _check_formula(module: nn.Module, linears: dict[str, nn.Linear]) -> tuple[st
         return None
 
 
+def _refuse_tied(model: PreTrainedModel, modules: dict[str, nn.Module]) -> None:
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for name in modules:
+        shared = [key for pair in tied.items() for key in pair if key.startswith(name + ".")]
+        if shared:
+            raise ModelError(
+                f"{type(model).__name__} can't be split: the experts {name} are shared with another module",
+                hint="choose a model whose experts belong to one layer",
+            )
+
+
 def _put(layers: dict[int, SplitModule], model: PreTrainedModel, name: str, split: SplitModule) -> None:
     number = re.search(r"\.(\d+)(\.|$)", name)
     layer = int(number[1]) if number else 0
@@ -242,101 +251,3 @@ def _get_decoder_prefix(model: PreTrainedModel) -> str:
             if module is decoder and name:
                 return name + "."
     return ""
-
-
-# -- which tensor becomes which parameter -------------------------------------------------------------------------
-
-
-@dataclass
-class Group:
-    """Checkpoint tensors that become one parameter, or several of one converter.
-
-    Attributes:
-        target: the parameter, the first of them if several.
-        transform: the converter, or None if the tensor only changes its name.
-        members: (pattern of the converter that matched, checkpoint name), in transformers' order.
-    """
-
-    target: str
-    transform: WeightConverter | None
-    members: list[tuple[str, str]]
-
-
-def route(model: PreTrainedModel, names: Iterable[str]) -> Iterator[Group]:
-    """Group checkpoint tensors by what they become, as transformers would load them.
-
-    Tensors of which the model has no parameter are left out, as transformers leaves them out.
-    """
-    state = model.state_dict()
-    mapping = get_model_conversion_mapping(model)
-    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-    converters = [m for m in mapping if isinstance(m, WeightConverter)]
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    prefix = model.base_model_prefix
-    groups: dict[str, Group] = {}
-    for name in sorted(names, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
-        if target not in state and name in state:
-            target, pattern = rename_source_key(name, [], [], prefix, state)
-        if target not in state:
-            continue
-        group = groups.get(target)
-        if group is None:
-            transform = copy.deepcopy(by_pattern[pattern]) if pattern is not None else None
-            group = groups[target] = Group(target, transform, [])
-        group.members.append((pattern or name, name))
-    yield from groups.values()
-
-
-def convert(model: PreTrainedModel, group: Group, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters that a group's tensors become, by full name.
-
-    Raises:
-        ModelError: the conversion failed.
-    """
-    if group.transform is None:
-        return {group.target: tensors[group.members[0][1]]}
-    transform = copy.deepcopy(group.transform)
-    for pattern, name in group.members:
-        transform.collected_tensors[pattern].append(tensors.pop(name))  # type: ignore[arg-type]
-    try:
-        made: dict[str, Any] = transform.convert(group.target, model=model, config=model.config)
-    except (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError) as error:
-        names = ", ".join(name for _, name in group.members[:3])
-        raise ModelError(f"tensors {names} can't be made into {group.target}: {str(error)[:200]}") from None
-    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
-
-
-def get_dtypes(model: PreTrainedModel) -> Callable[[str], torch.dtype]:
-    """The dtype to load each parameter in: the model's, but for those that the architecture keeps in f32."""
-    plan = model._get_dtype_plan(model.dtype)
-    keep, by_group, _ = build_glob_alternation(list(plan)) if plan else (None, {}, {})
-
-    def get_dtype(target: str) -> torch.dtype:
-        found = keep.search(target) if keep is not None else None
-        if found is not None and found.lastgroup is not None:
-            return plan[by_group[found.lastgroup]]
-        return model.get_parameter_or_buffer(target).dtype
-
-    return get_dtype
-
-
-def set_parameter(model: PreTrainedModel, name: str, value: Tensor, folder: Path) -> None:
-    """Put a loaded tensor in its place.
-
-    Raises:
-        ModelError: it has another shape than the architecture says.
-    """
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    old: Tensor | None = getattr(module, leaf)
-    if old is None or old.shape != value.shape:
-        raise ModelError(
-            f"{folder}: {name} would be {list(value.shape)}, config.json makes it "
-            f"{None if old is None else list(old.shape)}",
-            hint="config.json and the weights are not of the same model",
-        )
-    if leaf in module._parameters:
-        value = nn.Parameter(value, requires_grad=False)
-    value._is_hf_initialized = True  # type: ignore[attr-defined]  # else transformers would initialise it again
-    setattr(module, leaf, value)

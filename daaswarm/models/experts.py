@@ -15,7 +15,7 @@ from torch.nn import functional
 from daaswarm.errors import ExpertError, ModelError
 from daaswarm.models.checkpoint import Checkpoint
 from daaswarm.models.dense import DenseSlices
-from daaswarm.models.manifest import SHARED, Entry, Progress, read_parts
+from daaswarm.models.manifest import Entry, Progress, read_parts
 from daaswarm.models.sources import LocalModel, ignore_progress
 from daaswarm.models.tensors import COMPUTE_DTYPES, to_tensor
 from daaswarm.types import Dtype, format_range
@@ -96,8 +96,8 @@ class MoeExperts:
         self.place = {number: i for i, number in enumerate(ids)}
         module_type: Any = type(module)
         self._forward: Callable[..., Tensor] = getattr(module_type.forward, "__wrapped__", module_type.forward)
-        self._first = module.gate_up_proj if module.has_gate else module.up_proj
-        self._first_bias = None
+        self._first: Any = module.gate_up_proj if module.has_gate else module.up_proj
+        self._first_bias: Any = None
         if module.has_bias:
             self._first_bias = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
         self._own = not self._agrees()
@@ -198,7 +198,9 @@ def read_experts(
     per_layer = {layer: sorted(set(ids)) for layer, ids in sorted(wanted.items())}
     by_layer = {layer: model.manifest.of_layer(layer) for layer in per_layer}
     total = sum(reader.count(entry, ids) for layer, ids in per_layer.items() for entry in by_layer[layer])
-    build = _MoeBuilder(model, dtype, reader).build if model.kind == "moe" else _DenseBuilder(model, dtype, reader).build
+    build = (
+        _MoeBuilder(model, dtype, reader).build if model.kind == "moe" else _DenseBuilder(model, dtype, reader).build
+    )
     held: dict[int, LayerExperts] = {}
     before = checkpoint.bytes_read
     for layer, ids in per_layer.items():
@@ -260,16 +262,14 @@ class _MoeBuilder:
         _, self._modules = find_split(self._skeleton)
 
     def build(self, layer: int, ids: list[int], entries: list[Entry]) -> LayerExperts:
-        from daaswarm.models.architecture import convert, get_dtypes, route, set_parameter
+        from daaswarm.models.routing import convert, get_dtypes, route, set_parameter
 
         split = self._modules[layer]
         mine = {entry.name: entry for entry in entries if entry.is_of(set(ids))}
         _shrink(split.module, len(ids))
         dtypes = get_dtypes(self._skeleton)
         for group in route(self._skeleton, mine):
-            tensors = {
-                name: self._reader.read(mine[name], ids).to(dtypes(group.target)) for _, name in group.members
-            }
+            tensors = {name: self._reader.read(mine[name], ids).to(dtypes(group.target)) for _, name in group.members}
             for name, value in convert(self._skeleton, group, tensors).items():
                 set_parameter(self._skeleton, name, value, self._folder)
         left = [name for name, p in split.module.named_parameters() if p.is_meta]

@@ -58,7 +58,9 @@ def convert_gguf(file: Path, folder: Path, progress: Progress) -> None:
         )
         _save_config(model, folder)
         try:
-            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True).save_pretrained(folder)
+            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True).save_pretrained(
+                folder
+            )
         except _DAMAGED:
             progress("the GGUF file has no tokenizer that transformers can read", 0, 0)
 

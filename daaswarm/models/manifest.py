@@ -35,6 +35,7 @@ SHARED = -1  # the owner of a tensor that every host of its layer holds
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, bytes done, bytes in all."""
 
+Kind = Literal["moe", "dense"]
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Count = Annotated[int, Meta(ge=0, le=1 << 40)]
 
@@ -94,7 +95,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     version: int
     root: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
-    kind: Literal["moe", "dense"]
+    kind: Kind
     hidden: Annotated[int, Meta(ge=1, le=1 << 20)]
     activation: Annotated[str, Meta(max_length=64)]
     config_sha256: Digest
@@ -160,7 +161,9 @@ def hash_entry(checkpoint: Checkpoint, entry: Entry, advance: Callable[[int], No
             _feed_contiguous(hashes, block, at, run)
         else:
             for part, digest in enumerate(hashes):
-                digest.update(b"".join(block[i + part * run : i + (part + 1) * run] for i in range(0, len(block), stride)))
+                digest.update(
+                    b"".join(block[i + part * run : i + (part + 1) * run] for i in range(0, len(block), stride))
+                )
         at += len(block)
         advance(len(block))
     return [get_leaf(entry, part, digest.digest()) for part, digest in enumerate(hashes)]

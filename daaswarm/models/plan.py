@@ -8,21 +8,21 @@ from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import Transpose, WeightConverter, WeightRenaming, apply_renamings
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Transpose, WeightConverter
 
 from daaswarm.errors import ModelError
-from daaswarm.models.architecture import Group, SplitModule, build_skeleton, find_split, get_hidden, load_config, route
+from daaswarm.models.architecture import SplitModule, build_skeleton, find_split, get_hidden, load_config
 from daaswarm.models.checkpoint import Checkpoint
 from daaswarm.models.dense import get_slices
-from daaswarm.models.manifest import SHARED, TRUNK, Entry, Layer
+from daaswarm.models.manifest import SHARED, TRUNK, Entry, Kind, Layer
+from daaswarm.models.routing import Group, get_expert_number, route
 
 
 @dataclass
 class Plan:
     """The manifest's content, but for the leaves."""
 
-    kind: str
+    kind: Kind
     hidden: int
     activation: str
     layers: dict[int, Layer]
@@ -52,7 +52,7 @@ def make_plan(checkpoint: Checkpoint) -> Plan:
             layer, split, param = owners[group.target]
             for _, name in group.members:
                 shape = checkpoint.tensors[name].shape
-                places[name] = {"layer": layer, "param": param, **locate(model, split, group, param, name, shape)}
+                places[name] = {"layer": layer, "param": param, **locate(split, group, param, name, shape)}
     _check_complete(model, checkpoint, made)
     entries = [
         Entry(name=name, dtype=t.dtype, shape=list(t.shape), **places.get(name, {"layer": TRUNK}))  # type: ignore[arg-type]
@@ -80,13 +80,14 @@ def is_per_expert(module: nn.Module, param: str) -> bool:
 
 
 def _locate_expert(
-    model: PreTrainedModel, split: SplitModule, group: Group, param: str, name: str, shape: tuple[int, ...]
+    split: SplitModule, group: Group, param: str, name: str, shape: tuple[int, ...]
 ) -> dict[str, object]:
     experts = int(split.module.num_experts)  # type: ignore[arg-type]
     if not is_per_expert(split.module, param):
         return {"parts": 1, "owner": SHARED}
-    number = get_expert_number(model, group, name)
-    if number is not None:
+    pattern = next(pattern for pattern, member in group.members if member == name)
+    if group.transform is not None and "*" in pattern:
+        number = get_expert_number(pattern, name) - group.first
         if number >= experts:
             raise ModelError(f"tensor {name}: this layer has {experts} experts, numbered from 0")
         return {"parts": 1, "owner": number}
@@ -101,25 +102,10 @@ def _locate_expert(
     return {"axis": 0, "parts": experts, "owner": 0 if experts == 1 else SHARED}
 
 
-def get_expert_number(model: PreTrainedModel, group: Group, name: str) -> int | None:
-    """The expert that a checkpoint tensor belongs to whole, or None if it holds all experts."""
-    pattern = next(pattern for pattern, member in group.members if member == name)
-    if group.transform is None or "*" not in pattern:
-        return None
-    renamings = [m for m in get_model_conversion_mapping(model) if isinstance(m, WeightRenaming)]
-    renamed = apply_renamings(name, renamings)
-    found = re.search(pattern.replace("*", r"(?P<number>\d+)"), renamed)
-    if found is None:
-        raise ModelError(f"tensor {name} has no expert number where {pattern} has its star")
-    return int(found["number"])
-
-
 # -- dense --------------------------------------------------------------------------------------------------------
 
 
-def _locate_slice(
-    model: PreTrainedModel, split: SplitModule, group: Group, param: str, name: str, shape: tuple[int, ...]
-) -> dict[str, object]:
+def _locate_slice(split: SplitModule, group: Group, param: str, name: str, shape: tuple[int, ...]) -> dict[str, object]:
     if group.transform is not None:
         raise ModelError(
             f"tensor {name} can't be split: the checkpoint keeps this FFN in another form than the model",

@@ -110,7 +110,9 @@ def find_model(name_or_path: str, cache: Path, progress: Progress = ignore_progr
         from daaswarm.models.gguf import prepare_gguf
 
         return open_folder(prepare_gguf(path.resolve(), cache, progress), cache, progress, name=path.stem)
-    what = "is neither a folder nor a .gguf file" if path.exists() else "is not a known model, and there is no such path"
+    what = (
+        "is neither a folder nor a .gguf file" if path.exists() else "is not a known model, and there is no such path"
+    )
     raise ModelError(
         f"{name_or_path} {what}",
         hint=f"use {DEFAULT_MODEL}, a folder in Hugging Face layout or a .gguf file",

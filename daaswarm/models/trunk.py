@@ -11,20 +11,11 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from daaswarm.errors import ModelError
-from daaswarm.models.architecture import (
-    SplitModule,
-    build_skeleton,
-    convert,
-    find_split,
-    get_class,
-    get_dtypes,
-    load_config,
-    route,
-    set_parameter,
-)
+from daaswarm.models.architecture import SplitModule, build_skeleton, find_split, get_class, load_config
 from daaswarm.models.checkpoint import Checkpoint
 from daaswarm.models.manifest import TRUNK, Progress, read_parts
 from daaswarm.models.quiet import quiet_transformers
+from daaswarm.models.routing import convert, get_dtypes, route, set_parameter
 from daaswarm.models.sources import LocalModel, ignore_progress
 from daaswarm.models.tensors import COMPUTE_DTYPES, to_tensor
 from daaswarm.types import Dtype
@@ -39,7 +30,9 @@ IMPLEMENTATION = "daaswarm"
 _REMOTE = "_daaswarm_remote"  # on an experts module: (layer, ExpertsFn)
 
 
-def load_trunk(model: LocalModel, dtype: Dtype, experts: ExpertsFn, progress: Progress = ignore_progress) -> PreTrainedModel:
+def load_trunk(
+    model: LocalModel, dtype: Dtype, experts: ExpertsFn, progress: Progress = ignore_progress
+) -> PreTrainedModel:
     """The model with its experts elsewhere, in evaluation mode on the CPU. Never holds expert weights.
 
     Each tensor is read when its parameter is made and checked against its leaf of the manifest.

@@ -1,1 +1,1 @@
-"""The network: frames, sessions, TLS, the pool, the libp2p door and the in-memory network. The only room that opens sockets."""
+"""The network: frames, sessions, TLS, the pool, the libp2p door, the in-memory network. Sole importer of libp2p."""

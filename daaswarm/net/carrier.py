@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -66,10 +67,8 @@ class Signal:
         if threading.get_ident() == self._thread:
             self._event.set()
             return
-        try:
+        with contextlib.suppress(trio.RunFinishedError):  # nobody waits any more
             self._token.run_sync_soon(self._set)
-        except trio.RunFinishedError:
-            pass  # nobody waits any more
 
     def _set(self) -> None:
         self._event.set()  # the event of that moment: a wake-up too many only costs a look

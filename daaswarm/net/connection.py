@@ -8,6 +8,7 @@ itself (the *leader*), which spares two thread switches a call, and hands others
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -20,93 +21,24 @@ from daaswarm.errors import Busy, ConnectionLost, DaaswarmError, DeadlineExceede
 from daaswarm.limits import CALL_S, IDLE_PING_S, WRITE_STALL_S
 from daaswarm.messages import Contact, Failure, Ping, Pong, Reply, Request
 from daaswarm.net.carrier import Carrier, Signal
-from daaswarm.net.failures import get_error, get_failure
+from daaswarm.net.failures import get_failure
 from daaswarm.net.frames import Buffer, get_size
 from daaswarm.net.handshake import ProvenPeer
 from daaswarm.net.inbound import InboundBudget
+from daaswarm.net.pending import PendingCall
 from daaswarm.net.session import CallCancelled, CallFailed, Event, ReplyReceived, RequestReceived, Session
 from daaswarm.types import PeerId
 
 log = logging.getLogger(__name__)
 
 FLUSH_BYTES = 1024 * 1024  # written in one go under the lock, about a millisecond; then others have their turn
-LEAD_S = 0.02  # trio's reader looks again after this while a worker thread reads
+LEAD_S = 0.005  # trio's reader looks again after this while a worker thread reads; waking it costs that thread time
+LOOK_S = 0.25  # a reading thread looks this often whether its call was cancelled meanwhile
 PING_ANSWER_S = 10.0  # a peer that computes inline may answer a ping late, but not later than this
 
 _Answer = tuple[Reply, Sequence[Buffer]]
 _Handler = Callable[[PeerId, Contact | None, Request, memoryview, float], Awaitable[_Answer]]
 _FastHandler = Callable[[PeerId, Request, memoryview], "_Answer | None"]
-
-
-class PendingCall:
-    """A call that has been submitted. Wait for it in one place only."""
-
-    __slots__ = ("_body", "_call", "_connection", "_deadline_s", "_done", "_error", "_on_done", "_reply", "_wakeup")
-
-    def __init__(self, connection: Connection, deadline_s: float, on_done: Callable[[], None] | None = None) -> None:
-        self._connection = connection
-        self._deadline_s = deadline_s
-        self._call = 0
-        self._reply: Reply | None = None
-        self._body: memoryview | None = None
-        self._error: DaaswarmError | None = None
-        self._done = False
-        self._on_done = on_done
-        self._wakeup = threading.Lock()
-        self._wakeup.acquire()
-
-    @property
-    def peer_id(self) -> PeerId:
-        return self._connection.peer_id
-
-    def wait(self, timeout_s: float | None = None) -> tuple[Reply, memoryview]:
-        """Block this (worker) thread until the answer; by default as long as the call's deadline.
-
-        Raises:
-            DeadlineExceeded: no answer in time; the call is cancelled.
-            ConnectionLost, Busy, ExpertError, ...: as for ``Network.call``.
-        """
-        timeout_s = self._deadline_s if timeout_s is None else timeout_s
-        if not self._done:
-            self._connection.wait_for(self, monotonic() + timeout_s)
-        return self.get_result(timeout_s)
-
-    def cancel(self) -> None:
-        """Give the call up. Thread-safe; does nothing when it has ended."""
-        self._connection.cancel(self)
-
-    def is_done(self) -> bool:
-        return self._done
-
-    def get_result(self, timeout_s: float) -> tuple[Reply, memoryview]:
-        """The answer; an unfinished call is cancelled as too late."""
-        if not self._done:
-            self.cancel()
-            raise DeadlineExceeded(f"no answer from {self.peer_id} within {timeout_s:g} s")
-        if self._error is not None:
-            raise self._error
-        assert self._reply is not None and self._body is not None
-        if isinstance(self._reply, Failure):
-            raise get_error(self._reply, self.peer_id)
-        return self._reply, self._body
-
-    # -- for the connection -----------------------------------------------------------------------------------
-
-    def finish(self, reply: Reply | None, body: memoryview | None, error: DaaswarmError | None) -> None:
-        self._reply, self._body, self._error = reply, body, error
-        self._done = True
-        self.wake()
-        if self._on_done is not None:
-            self._on_done()
-
-    def wake(self) -> None:
-        try:
-            self._wakeup.release()
-        except RuntimeError:
-            pass  # it's awake already
-
-    def sleep(self, timeout_s: float) -> None:
-        self._wakeup.acquire(timeout=max(0.0, min(timeout_s, threading.TIMEOUT_MAX)))
 
 
 class Connection:
@@ -175,10 +107,10 @@ class Connection:
                 await self._read_loop()
         finally:
             self.close(ConnectionLost("this node is shutting down"))
-            with trio.CancelScope(shield=True):
+            with trio.CancelScope(shield=True):  # pyright: ignore[reportCallIssue] - wrong third-party stubs
                 # The carrier was shut down, so a thread that reads it is about to notice. The lock is never given
                 # back: no thread may read a socket whose number could belong to another file by then.
-                while not self._reader.acquire(blocking=False):
+                while not self._reader.acquire(blocking=False):  # noqa: ASYNC110 - a thread gives it back, not a task
                     await trio.sleep(LEAD_S)
             self._carrier.close()
 
@@ -192,9 +124,9 @@ class Connection:
         try:
             with trio.move_on_after(deadline_s):
                 await done.wait()
-        finally:
-            if not pending.is_done():
-                pending.cancel()
+        except trio.Cancelled:
+            pending.cancel()
+            raise
         return pending.get_result(deadline_s)
 
     def submit(
@@ -233,6 +165,8 @@ class Connection:
                 except RemoteProtocolError as error:
                     self.close(error)
                 self._flush()
+                if not pending.is_done():
+                    pending.finish(None, None, ConnectionLost("the call was given up"))
 
     def close(self, reason: DaaswarmError) -> None:
         """End the connection. From any thread; the first reason stays."""
@@ -252,7 +186,7 @@ class Connection:
     # -- reading ----------------------------------------------------------------------------------------------
 
     def wait_for(self, pending: PendingCall, deadline: float) -> None:
-        """Block a worker thread until ``pending`` is done or ``deadline`` (monotonic, s) has passed, reading if need be."""
+        """Block a worker thread until ``pending`` is done or ``deadline`` (monotonic, s) has passed."""
         can_lead = self._carrier.threads_can_read
         while not pending.is_done() and (remaining := deadline - monotonic()) > 0:
             if not can_lead:
@@ -272,7 +206,7 @@ class Connection:
         self._leads += 1
         try:
             while not pending.is_done() and self._error is None and (remaining := deadline - monotonic()) > 0:
-                self._carrier.wait_readable_blocking(remaining)
+                self._carrier.wait_readable_blocking(min(remaining, LOOK_S))
                 events = self._receive()
                 if events:
                     self._in_trio(self._dispatch, events)
@@ -478,7 +412,5 @@ class Connection:
         if threading.get_ident() == self._thread and function is not self._grant_windows:
             function(*args)
             return
-        try:
+        with contextlib.suppress(trio.RunFinishedError):  # the node is gone, and its connections with it
             self._token.run_sync_soon(function, *args)
-        except trio.RunFinishedError:
-            pass  # the node is gone, and its connections with it

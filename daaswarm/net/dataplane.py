@@ -1,8 +1,8 @@
 """The node's network over TCP: one listening port for all who dial, one pool for all that is dialled.
 
 The first byte of an inbound connection tells who it is: 0x16 opens TLS (our own peers), 0x13 multistream (libp2p
-peers), ``G`` a WebSocket's GET (browsers). The last two are spliced to the libp2p host's loopback listeners, if it runs.
-So one multiaddress serves all three.
+peers), ``G`` a WebSocket's GET (browsers). The last two are spliced to the libp2p host's loopback listeners, if it
+runs. So one multiaddress serves all three.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from daaswarm.net.handshake import ClientHandshake, Identity, ServerHandshake
 from daaswarm.net.inbound import InboundBudget
 from daaswarm.net.network import FastHandler, Handler
 from daaswarm.net.pool import ConnectionPool, ShakenHands, check_peer_id, shake_hands
+from daaswarm.net.scope import open_service_nursery
 from daaswarm.net.splice import Splicer
 from daaswarm.net.tls import TlsCarrier, TlsContexts, create_tls_contexts
 from daaswarm.types import PeerId
@@ -207,16 +208,13 @@ async def open_tcp_network(
         for listener in listeners:
             listener.close()
         raise
-    async with trio.open_nursery() as nursery:
+    async with open_service_nursery() as nursery:
         network = TcpNetwork(identity, contexts, nursery, handler=handler, fast_handler=fast_handler, budget=budget)
         network.contact = contact
         network.listen_addresses = bound
         for listener in listeners:
             nursery.start_soon(network.serve, listener)
-        try:
-            yield network
-        finally:
-            nursery.cancel_scope.cancel()
+        yield network
 
 
 def _bind(address: Address) -> socket.socket:

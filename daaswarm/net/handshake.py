@@ -95,7 +95,7 @@ class _Handshake:
 
 
 class ServerHandshake(_Handshake):
-    """Args: ``binding``: SHA-256 of the certificate that this server showed; ``observed_addr``: the client's address."""
+    """Args: ``binding``: SHA-256 of this server's own certificate; ``observed_addr``: the client's address."""
 
     def __init__(self, identity: Identity, contact: Contact | None, binding: bytes, *, observed_addr: str = "") -> None:
         super().__init__(identity, contact, binding)

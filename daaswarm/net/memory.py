@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from daaswarm.errors import ConnectionLost, DaaswarmError, Unreachable
+from daaswarm.errors import DaaswarmError, Unreachable
 from daaswarm.limits import HANDSHAKE_S
 from daaswarm.messages import Contact
 from daaswarm.net.carrier import MemoryCarrier, open_memory_pair
@@ -19,6 +19,7 @@ from daaswarm.net.handshake import ClientHandshake, Identity, ServerHandshake
 from daaswarm.net.inbound import InboundBudget
 from daaswarm.net.network import FastHandler, Handler
 from daaswarm.net.pool import ConnectionPool, ShakenHands, check_peer_id, shake_hands
+from daaswarm.net.scope import open_service_nursery
 from daaswarm.types import PeerId
 
 
@@ -48,7 +49,7 @@ class MemoryHub:
         async def dial(target: str, expected: PeerId | None) -> ShakenHands:
             return await self._dial(pool, target, expected)
 
-        async with trio.open_nursery() as nursery:
+        async with open_service_nursery() as nursery:
             pool = ConnectionPool(identity, dial, nursery, handler=handler, fast_handler=fast_handler, budget=budget)
             if dialable:
                 pool.contact = Contact(peer_id=peer_id, addrs=[addr])
@@ -57,7 +58,6 @@ class MemoryHub:
                 yield pool
             finally:
                 self._nodes.pop(addr, None)
-                nursery.cancel_scope.cancel()
 
     def kill(self, peer_id: PeerId) -> None:
         """End the node's connections and refuse new ones, as if its process had died."""

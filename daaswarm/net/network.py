@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 from daaswarm.messages import Contact, Reply, Request
-from daaswarm.net.connection import PendingCall
 from daaswarm.net.frames import Buffer
+from daaswarm.net.pending import PendingCall
 from daaswarm.types import PeerId
 
 Answer = tuple[Reply, Sequence[Buffer]]

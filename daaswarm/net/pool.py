@@ -21,11 +21,12 @@ from daaswarm.errors import (
 from daaswarm.limits import CALL_S, CONNECTIONS, CONNECTIONS_PER_PEER, DIAL_S
 from daaswarm.messages import Contact, Reply, Request
 from daaswarm.net.carrier import Carrier
-from daaswarm.net.connection import Connection, PendingCall
+from daaswarm.net.connection import Connection
 from daaswarm.net.frames import Buffer, FrameParser
 from daaswarm.net.handshake import ClientHandshake, Identity, ProvenPeer, ServerHandshake
 from daaswarm.net.inbound import InboundBudget
 from daaswarm.net.network import FastHandler, Handler
+from daaswarm.net.pending import PendingCall
 from daaswarm.types import PeerId
 
 log = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ from daaswarm.net.frames import (
     get_parts,
     get_size,
 )
-from daaswarm.net.inbound import InboundBudget
+from daaswarm.net.inbound import InboundBody, InboundBudget
 
 LAST_CALL = 2**32 - 2  # ids are u32; a connection that used them up is replaced
 CONTROL_BACKLOG = 4 * CALLS_PER_PEER  # unsent windows, cancels and refusals; more: the peer sends but never reads
@@ -97,12 +97,13 @@ class _Outgoing:
         return taken
 
 
-class _Incoming:
+class _Incoming(InboundBody):
     """A body on its way in. ``body`` grows with what arrived, whatever ``total`` says."""
 
     __slots__ = ("body", "deadline_s", "granted", "message", "total")
 
     def __init__(self, message: Request | Reply, body: bytearray, total: int, deadline_s: float) -> None:
+        super().__init__()
         self.message = message
         self.body = body
         self.total = total
@@ -347,10 +348,10 @@ class Session:
                 f"call {call}: {got} body bytes, {incoming.total} announced, {incoming.granted} let"
             )
         if isinstance(holder, _Served):
-            if not self._charge(holder, size):
+            if not self._charge(holder, size, incoming):
                 self._end_served(call)
                 return self._refuse(call, Busy.code, "no memory left for unfinished bodies")
-        elif isinstance(holder, _Own) and not self._budget.charge(size):
+        elif isinstance(holder, _Own) and not self._budget.charge(size, incoming):
             return self._abandon(call, holder)
         incoming.body += frame.body
         if got == incoming.total:
@@ -437,8 +438,8 @@ class Session:
         else:
             self._starved[call] = incoming
 
-    def _charge(self, served: _Served, size: int) -> bool:
-        if size and not self._budget.charge(size):
+    def _charge(self, served: _Served, size: int, body: InboundBody | None = None) -> bool:
+        if size and not self._budget.charge(size, body):
             return False
         served.charged += size
         return True

@@ -33,7 +33,8 @@ _SMALL: list[tuple[str, int]] = [
     (r"^(qk_rope_head_dim|qk_nope_head_dim)$", 8),
     (r"(head_dim|d_head|d_state|ssm_state_size|_rank|dt_rank|rotary_dim)$", 16),
     (r"^(index_topk|index_topk_blocks|index_kpool)$", 8),
-    (r"^(sliding_window|sliding_window_size|chunk_size|mamba_chunk_size|block_size|index_block_size|attention_chunk_size)$", 16),
+    (r"^(sliding_window|sliding_window_size|attention_chunk_size|index_block_size)$", 16),
+    (r"^(chunk_size|mamba_chunk_size|block_size)$", 16),
     (r"^image_size$", 56),
     (r"(hidden_size|embed_dim|d_model|hidden_size_per_layer_input|out_hidden_size|projection_dim|hidden_dim)$", 64),
 ]  # fmt: skip
@@ -63,11 +64,23 @@ _CHANGES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
     "diffusion_gemma": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 48},
-    "qwen4_exp": {"index_topk": 8, "index_compress_ratio": 4, "indexer_types": None},
-    "ernie4_5_vl_moe": {
-        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [2, 2, 4]}
+    "qwen4_exp": {
+        "index_topk": 8,
+        "indexer_compress_ratio": 4,
+        "indexer_budget": 16,
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
     },
-    "glm4v_moe": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}},
+    "ernie4_5_vl_moe": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [2, 2, 4]}},
+    "glm4v_moe": {
+        "rope_parameters": {
+            "rope_theta": 10000.0,
+            "rope_type": "default",
+            "mrope_section": [1, 1, 2],
+            "partial_rotary_factor": 0.5,
+        }
+    },
 }
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "olmoe", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
 
@@ -136,7 +149,7 @@ def _shrink(config: dict[str, Any], layers: int) -> dict[str, Any]:
 
 
 def _shrink_number(key: str, value: int) -> int:
-    if key.endswith(("_token_id", "_token_index")) or key.endswith("_token"):
+    if key.endswith(("_token_id", "_token_index", "_token")):
         if key in _SPECIAL_IDS:
             return _SPECIAL_IDS[key]
         return value if value < VOCABULARY else 500 + sum(key.encode()) % 12
@@ -147,7 +160,7 @@ def _shrink_number(key: str, value: int) -> int:
 
 
 def _shrink_list(key: str, value: list[Any], before: int | None, layers: int) -> list[Any]:
-    if key == "mrope_section":
+    if key == "mrope_section" and sum(value) > 16:
         return [4, 2, 2]  # of half a head
     if before is not None and len(value) == before and len(value) > layers:  # one for each layer: keep every kind
         first = sorted({value.index(item) for item in value})[:layers]

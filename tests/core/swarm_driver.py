@@ -55,6 +55,7 @@ class Driver:
         self.hostile: dict[PeerId, Hostile] = {}
         self.done: dict[PeerId, list[Effect]] = {}
         self.sent = 0
+        self.loss = 0.0  # share of requests that get no answer
         self._queue: deque[tuple[PeerId, SendRequest]] = deque()
 
     def add(self, n: int, seed: Contact | None = None, *, reachable: bool = True) -> Kademlia:
@@ -118,7 +119,7 @@ class Driver:
         if target in self.hostile:
             answer = self.hostile[target](request)
             return ReplyReceived(rpc_id=request.rpc_id, message=answer)  # type: ignore[arg-type]
-        if target in self.dead or target not in self.nodes:
+        if target in self.dead or target not in self.nodes or self.rng.random() < self.loss:
             return RequestFailed(rpc_id=request.rpc_id)
         node = self.nodes[target]
         contact = self.nodes[asker].contact

@@ -174,6 +174,25 @@ def test_publishing_again_at_any_moment_ends_in_the_newest_record() -> None:
     assert driver.lookup(other, KEY).records[0].seq == before + 1
 
 
+def test_replies_to_an_older_round_do_not_count() -> None:
+    driver = build(3)
+    node = driver.nodes[make_peer(2)]
+
+    def publish_until_stored() -> list[SendRequest]:
+        effects = node.publish(KEY, driver.now)
+        while any(isinstance(e.message, FindNode) for e in effects):  # type: ignore[union-attr]
+            replies = [ReplyReceived(rpc_id=e.rpc_id, message=Found()) for e in effects]  # type: ignore[union-attr]
+            effects = [effect for reply in replies for effect in node.handle(reply, driver.now)]
+        return effects  # type: ignore[return-value]
+
+    old, new = publish_until_stored(), publish_until_stored()
+    assert [len(old), len(new)] == [2, 2]
+    stored = [node.handle(ReplyReceived(rpc_id=e.rpc_id, message=Stored()), driver.now) for e in (*old, new[0])]
+    assert stored == [[], [], []]
+    refused = ReplyReceived(rpc_id=new[1].rpc_id, message=Stored(refused={0: "full"}))
+    assert node.handle(refused, driver.now) == [PublishDone(key=KEY, stored=1, asked=2)]
+
+
 def test_a_node_whose_store_is_full_still_publishes() -> None:
     driver = build(3)
     node = driver.nodes[make_peer(2)]
@@ -331,6 +350,44 @@ def test_made_up_contacts_cannot_keep_a_lookup_alive_for_ever() -> None:
     before = driver.sent
     assert isinstance(driver.lookup(asker, KEY), LookupDone)
     assert driver.sent - before <= REQUESTS
+
+
+def test_ever_nearer_contacts_run_into_the_limit_of_requests() -> None:
+    driver = build(4)
+    asker = driver.nodes[make_peer(4)]
+    contacts = [make_contact(n) for n in range(1000, 1400)]
+    contacts.sort(key=lambda c: compute_distance(get_node_id(c.peer_id), KEY), reverse=True)
+    trail = iter(contacts)
+
+    def lead_on(request: SendRequest) -> Found:
+        return Found(contacts=[c for c in (next(trail, None), next(trail, None)) if c])
+
+    for contact in [make_contact(3), *contacts]:
+        driver.hostile[contact.peer_id] = lead_on  # type: ignore[index]
+    before = driver.sent
+    driver.lookup(asker, KEY)
+    assert driver.sent - before == REQUESTS
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lookups_survive_a_network_that_loses_every_fifth_request(seed: int) -> None:
+    driver = build(25, seed)
+    driver.publish(driver.nodes[make_peer(7)], KEY)
+    driver.loss = 0.2
+    for _ in range(5):
+        driver.tick(PROBE_FAILING_S)
+        for node in driver.nodes.values():
+            assert [r.peer_id for r in driver.lookup(node, KEY).records] == [make_peer(7)]
+
+
+def test_records_nobody_asks_for_are_dropped_when_they_expire() -> None:
+    driver = build(2)
+    node = driver.nodes[make_peer(1)]
+    node.store.put(make_pointer(9, ttl_s=100), NOW)
+    driver.tick(59)
+    assert len(node.store) == 1
+    driver.tick(60)
+    assert len(node.store) == 0
 
 
 def test_a_failed_peer_is_not_called_again_on_others_word() -> None:

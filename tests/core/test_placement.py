@@ -69,6 +69,11 @@ def test_whole_layers_in_a_run_and_hosts_that_start_together_differ() -> None:
     assert len(starts) > 5
 
 
+def test_a_layer_that_fits_whole_goes_before_a_part_of_another() -> None:
+    for seed in range(5):
+        assert choose_experts({0: 8, 1: 4}, lambda layer: 10, 45, {}, random.Random(seed)) == {1: [0, 1, 2, 3]}
+
+
 def test_two_hosts_one_after_the_other_cover_everything() -> None:
     half = 15 * 8 * 10
     first = choose(half, seed=1)

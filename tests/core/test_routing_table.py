@@ -81,6 +81,29 @@ def test_full_buckets_keep_the_old_and_hold_spares() -> None:
     assert far[0].peer_id not in table and far[-1].peer_id in table, "the freshest spare takes over at once"
 
 
+def test_a_split_makes_the_far_half_due_for_a_refresh() -> None:
+    table = RoutingTable(OWN, K)
+    table.note_refreshed(get_node_id(OWN), NOW)
+    assert table.get_stale_targets(NOW, 10, random.Random(0)) == []
+    for n in range(1, K + 2):
+        table.note_seen(make_contact(n), NOW)
+    (target,) = table.get_stale_targets(NOW, 10, random.Random(0))
+    assert compute_distance(target, get_node_id(OWN)).bit_length() == 256
+
+
+def test_a_newcomer_takes_the_place_of_a_failing_contact() -> None:
+    table = RoutingTable(OWN, K)
+    far = [c for c in CONTACTS[1:] if compute_distance(get_node_id(OWN), get_node_id(c.peer_id)).bit_length() == 256]
+    near = [c for c in CONTACTS[1:] if c not in far]
+    for contact in near[: K + 1] + far[:K]:
+        table.note_seen(contact, NOW)
+    table.note_failed(PeerId(far[2].peer_id), NOW)
+    assert far[2].peer_id in table
+    assert table.note_seen(far[K], NOW)
+    table.validate()
+    assert [c.peer_id in table for c in far[: K + 1]] == [True, True, False, True, True]
+
+
 def test_neighbours_are_all_kept() -> None:
     table = RoutingTable(OWN)
     for n in range(1, 400):

@@ -1,0 +1,60 @@
+"""A foreign libp2p host reaches a node through its one listening port."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import trio
+from net_helpers import get_identity, serve
+
+from daaswarm import messages
+from daaswarm.messages import Ping, Pong
+from daaswarm.net.dataplane import open_tcp_network
+from daaswarm.net.frames import Frame, FrameParser, Kind, encode_head
+from daaswarm.net.libp2p_host import PROTOCOL, open_libp2p_host
+
+
+async def ping(stream) -> Frame:
+    header = messages.encode(Ping())
+    await stream.write(encode_head(Kind.REQUEST, 1, deadline_ms=5000, header_bytes=len(header)) + header)
+    parser = FrameParser()
+    while (frame := parser.next_frame()) is None:
+        parser.feed(await stream.read(4096))
+    return frame
+
+
+async def visit(addr: str, suffix: str) -> None:
+    from libp2p import new_host
+    from libp2p.crypto.ed25519 import create_new_key_pair
+    from libp2p.peer.peerinfo import info_from_p2p_addr
+    from multiaddr import Multiaddr
+
+    base, _, peer_id = addr.partition("/p2p/")
+    other = new_host(key_pair=create_new_key_pair(bytes([7]) * 32), enable_websocket=bool(suffix))
+    with trio.fail_after(30):
+        async with other.run(listen_addrs=[]):
+            info = info_from_p2p_addr(Multiaddr(f"{base}{suffix}/p2p/{peer_id}"))
+            await other.connect(info)
+            stream = await other.new_stream(info.peer_id, [PROTOCOL])
+            frame = await ping(stream)
+            assert messages.get_decoder(messages.Reply).decode(frame.header) == Pong()
+            assert str(stream.muxed_conn.peer_id) == peer_id
+            # Garbage ends that stream, not the host.
+            await stream.write(b"\xff" * 100)
+            stream = await other.new_stream(info.peer_id, [PROTOCOL])
+            assert (await ping(stream)).call == 1
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("suffix", ["", "/ws"])
+async def test_ping_through_the_one_port(suffix):
+    async with (
+        open_tcp_network(get_identity(1), handler=serve) as node,
+        open_libp2p_host(get_identity(1), handler=serve) as door,
+    ):
+        node.splicer.targets.update(door.targets)
+        assert node.contact is not None and door.peer_id == node.peer_id
+        await visit(node.contact.addrs[0], suffix)
+    # py-libp2p's client leaves its socket unclosed; let that warning come up here, where it's ignored.
+    gc.collect()

@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from net_helpers import get_call
+
+from daaswarm import messages
+from daaswarm.errors import Busy, ConnectionLost, RemoteProtocolError
+from daaswarm.limits import CALLS_PER_PEER, CHUNK_BYTES, WINDOW_BYTES
+from daaswarm.messages import ExpertReply, Failure, FindNode, Found, Ping, Pong
+from daaswarm.net.frames import HEAD_BYTES, Kind, encode_head
+from daaswarm.net.inbound import InboundBudget
+from daaswarm.net.session import CallCancelled, CallFailed, ReplyReceived, RequestReceived, Session
+
+
+class Pair:
+    """A client and a server session, joined by hand."""
+
+    def __init__(self, budget: InboundBudget | None = None) -> None:
+        self.woken = 0
+        self.budget = budget or InboundBudget()
+        self.client = Session(is_client=True, budget=InboundBudget(), wake=lambda: None)
+        self.server = Session(is_client=False, budget=self.budget, wake=self.wake)
+
+    def wake(self) -> None:
+        self.woken += 1
+
+    def move(self, source: Session, target: Session, *, frames: int = 10**6) -> list:
+        events: list = []
+        while frames and (buffers := source.next_buffers()) is not None:
+            target.receive(b"".join(buffers), events)
+            frames -= 1
+        return events
+
+    def settle(self) -> tuple[list, list]:
+        """Until nothing moves: (events at the client, events at the server)."""
+        at_client: list = []
+        at_server: list = []
+        while True:
+            up, down = self.move(self.client, self.server), self.move(self.server, self.client)
+            at_server += up
+            at_client += down
+            if not up and not down and not self.client._control and not self.server._control:
+                if not self.client._ready and not self.server._ready:
+                    return at_client, at_server
+
+
+def get_frames(session: Session) -> list[bytes]:
+    frames = []
+    while (buffers := session.next_buffers()) is not None:
+        frames.append(b"".join(buffers))
+    return frames
+
+
+def test_a_small_call_is_one_frame_each_way():
+    pair = Pair()
+    pair.client.send_request("t", get_call(), [b"ab", b"cd"], 1.5)
+    [frame] = get_frames(pair.client)
+    events: list = []
+    pair.server.receive(frame, events)
+    [request] = events
+    assert request == RequestReceived(1, get_call(), memoryview(b"abcd"), 1.5)
+    assert not request.body.readonly
+    pair.server.send_reply(1, ExpertReply(rows=1, hidden=1), [b"xyz"])
+    [frame] = get_frames(pair.server)
+    events = []
+    pair.client.receive(frame, events)
+    assert events == [ReplyReceived("t", ExpertReply(rows=1, hidden=1), memoryview(b"xyz"))]
+    assert pair.budget.calls == pair.budget.used_bytes == pair.client.own_calls == pair.server.served_calls == 0
+
+
+def test_a_large_body_does_not_starve_a_small_call():
+    pair = Pair()
+    pair.client.send_request("big", get_call(), [bytes(3 * WINDOW_BYTES)], 30)
+    assert pair.client.next_buffers() is not None
+    pair.client.send_request("small", Ping(), (), 1)
+    kinds = [frame[1] for frame in get_frames(pair.client)]
+    assert kinds.index(Kind.REQUEST) <= 1  # right behind the next chunk
+    assert len(kinds) == WINDOW_BYTES // CHUNK_BYTES  # no further than the window
+
+
+def test_a_large_body_arrives_whole_and_is_given_back():
+    pair = Pair()
+    body = bytes(range(256)) * (3 * WINDOW_BYTES // 256) + b"end"
+    pair.client.send_request("big", get_call(), [body[:1000], body[1000:]], 30)
+    _, [request] = pair.settle()
+    assert request.body == body
+    assert pair.budget.used_bytes == len(body)  # the host still holds it
+    pair.server.send_reply(request.call, ExpertReply(rows=1, hidden=1), [request.body])
+    [reply], _ = pair.settle()
+    assert reply.body == body
+    assert pair.budget.used_bytes == 0 and not pair.client._outgoing and not pair.server._outgoing
+
+
+def test_bodies_beyond_the_budget_are_refused_by_name_and_windows_wait_their_turn():
+    budget = InboundBudget(limit_bytes=2 * WINDOW_BYTES)
+    pair = Pair(budget)
+    for ticket in ("a", "b", "c"):
+        pair.client.send_request(ticket, get_call(), [bytes(WINDOW_BYTES + 1)], 30)
+    at_client, at_server = pair.settle()
+    refused = [event.ticket for event in at_client]
+    assert all(event.message.code == "busy" for event in at_client)
+    served = len(at_server)
+    assert refused and len(refused) + served + pair.client.own_calls - served == 3
+    for event in at_server:
+        pair.server.send_reply(event.call, Found())
+    for _ in range(5):
+        pair.server.grant_windows()
+        _, more = pair.settle()
+        for event in more:
+            pair.server.send_reply(event.call, Found())
+    assert pair.client.own_calls == 0
+    assert budget.used_bytes == budget.calls == 0 and not budget._waiting
+
+
+def test_cancel():
+    pair = Pair()
+    call = pair.client.send_request("t", FindNode(target=bytes(32)), (), 5)
+    assert isinstance(pair.settle()[1][0], RequestReceived)
+    assert pair.client.cancel(call) == "t"
+    assert pair.client.cancel(call) is None
+    assert pair.settle()[1] == [CallCancelled(call)]
+    pair.server.send_reply(call, Found())  # too late, harmless
+    assert pair.settle() == ([], [])
+    # Before anything was sent, nothing is sent at all.
+    call = pair.client.send_request("u", Ping(), (), 5)
+    pair.client.cancel(call)
+    kinds = [frame[1] for frame in get_frames(pair.client)]
+    assert Kind.REQUEST not in kinds
+    # A late reply to a cancelled call is dropped.
+    call = pair.client.send_request("v", Ping(), (), 5)
+    pair.move(pair.client, pair.server)
+    pair.server.send_reply(call, Pong())
+    pair.client.cancel(call)
+    assert pair.move(pair.server, pair.client) == []
+
+
+def test_calls_in_flight_are_capped_on_both_sides():
+    pair = Pair()
+    for number in range(CALLS_PER_PEER):
+        pair.client.send_request(number, FindNode(target=bytes(32)), (), 5)
+    with pytest.raises(Busy):
+        pair.client.send_request("one more", Ping(), (), 5)
+    assert len(pair.settle()[1]) == CALLS_PER_PEER
+    header = messages.encode(Ping())
+    frame = encode_head(Kind.REQUEST, 2 * CALLS_PER_PEER + 1, deadline_ms=1, header_bytes=len(header)) + header
+    events: list = []
+    pair.server.receive(frame, events)
+    assert events == []
+    [refusal] = get_frames(pair.server)
+    assert b"busy" in refusal
+    for _ in range(5000):  # a peer that floods and never reads
+        frame = encode_head(Kind.REQUEST, pair.server._their_last + 2, deadline_ms=1, header_bytes=len(header)) + header
+        try:
+            pair.server.receive(frame, events)
+        except RemoteProtocolError:
+            break
+    else:
+        raise AssertionError("the backlog is unbounded")
+
+
+def test_a_request_of_a_newer_version_is_refused_not_fatal():
+    pair = Pair()
+    header = b"\x81\xa1t\xa6future"
+    events: list = []
+    pair.server.receive(encode_head(Kind.REQUEST, 1, deadline_ms=1, header_bytes=len(header)) + header, events)
+    assert events == []
+    pair.client._own[1] = type(pair.client._own.get(1) or object, (), {"ticket": "t", "incoming": None})()
+    pair.client._next_call = 3
+    [reply] = pair.move(pair.server, pair.client)
+    assert isinstance(reply.message, Failure) and reply.message.code == "unsupported"
+
+
+REPLY = messages.encode(Pong())
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        encode_head(Kind.REQUEST, 2, deadline_ms=1, header_bytes=1) + b"x",  # our own parity
+        encode_head(Kind.REPLY, 2, header_bytes=len(REPLY)) + REPLY,  # never asked
+        encode_head(Kind.BODY, 5, body=1) + b"x",
+        encode_head(Kind.BODY, 2, body=1) + b"x",
+        encode_head(Kind.WINDOW, 5, body=1),
+        encode_head(Kind.CANCEL, 5),
+        encode_head(Kind.CANCEL, 4),
+        b"\x00" * HEAD_BYTES,
+    ],
+)
+def test_broken_protocol_is_named(frame):
+    with pytest.raises(RemoteProtocolError):
+        Pair().server.receive(frame, [])
+
+
+def test_more_body_than_announced_or_granted_is_an_error():
+    pair = Pair()
+    pair.client.send_request("t", get_call(), [bytes(CHUNK_BYTES + 10)], 5)
+    pair.move(pair.client, pair.server, frames=1)
+    with pytest.raises(RemoteProtocolError, match="announced"):
+        pair.server.receive(encode_head(Kind.BODY, 1, body=11) + bytes(11), [])
+    pair = Pair()
+    chunk = encode_head(Kind.BODY, 1, body=CHUNK_BYTES) + bytes(CHUNK_BYTES)
+    header = messages.encode(get_call())
+    first = encode_head(Kind.REQUEST, 1, deadline_ms=9, header_bytes=len(header), body=100 * WINDOW_BYTES) + header
+    pair.server.receive(first + bytes(CHUNK_BYTES), [])
+    pair.server._starved.clear()
+    with pytest.raises(RemoteProtocolError, match="let"):
+        for _ in range(3 * WINDOW_BYTES // CHUNK_BYTES):
+            pair.server._grant = lambda call, incoming: None  # a receiver that grants nothing
+            pair.server.receive(chunk, [])
+
+
+def test_closing_gives_everything_back():
+    pair = Pair()
+    pair.client.send_request("t", get_call(), [bytes(2 * CHUNK_BYTES)], 5)
+    pair.move(pair.client, pair.server, frames=1)
+    assert pair.budget.used_bytes == CHUNK_BYTES and pair.budget.calls == 1
+    pair.server.close()
+    assert pair.budget.used_bytes == pair.budget.calls == 0
+    assert pair.client.close() == ["t"]
+
+
+def test_a_peer_that_breaks_off_its_answer():
+    pair = Pair()
+    pair.client.send_request("t", Ping(), (), 5)
+    events: list = []
+    pair.client.receive(encode_head(Kind.CANCEL, 1), events)
+    assert isinstance(events[0], CallFailed) and isinstance(events[0].error, ConnectionLost)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 3 * CHUNK_BYTES), st.booleans()), max_size=12), st.randoms())
+def test_every_call_is_answered_whatever_the_order(calls, random):
+    pair = Pair()
+    sent: dict = {}
+    answered: dict = {}
+    for number, (from_client, size, cancel) in enumerate(calls):
+        session = pair.client if from_client else pair.server
+        call = session.send_request(number, get_call(), [bytes([number]) * size], 5)
+        if cancel:
+            pair.move(session, pair.server if from_client else pair.client, frames=random.randint(0, 2))
+            session.cancel(call)
+        else:
+            sent[number] = size
+    for _ in range(200):
+        for source, target in ((pair.client, pair.server), (pair.server, pair.client)):
+            for event in pair.move(source, target, frames=random.randint(1, 4)):
+                if isinstance(event, RequestReceived):
+                    target.send_reply(event.call, ExpertReply(rows=1, hidden=1), [event.body])
+                elif isinstance(event, ReplyReceived):
+                    answered[event.ticket] = len(event.body)
+                    assert bytes(event.body[:1]) == bytes([event.ticket])[: len(event.body)]
+    assert answered == sent
+    assert pair.budget.used_bytes == 0
