@@ -29,6 +29,7 @@ $(VENV)/run.stamp: $(VENV)/torch.stamp pyproject.toml
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp
 	$(PIP) install --quiet --editable ".[dev]"
+	rm -rf $(VENV)/lib/python3*/site-packages/trio-stubs  # of an old trio (libp2p brings them); they hide trio's own types
 	touch $@
 
 demo: $(VENV)/run.stamp

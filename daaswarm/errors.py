@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Generator, Iterator
+from typing import ClassVar, cast
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
@@ -150,7 +150,7 @@ def get_exit_code(error: DaaswarmError) -> int:
 
 
 @contextlib.contextmanager
-def unwrap_groups() -> Iterator[None]:
+def unwrap_groups() -> Generator[None, None, None]:
     """Turn the exception group of a nursery into the one error of ours in it.
 
     A nursery wraps whatever ends it in a group. Where all that went wrong is errors raised on purpose, the first
@@ -159,10 +159,16 @@ def unwrap_groups() -> Iterator[None]:
     try:
         yield
     except BaseExceptionGroup as group:
-        ours, others = group.split(DaaswarmError)
-        if ours is None or others is not None:
+        leaves = list(_get_leaves(group))
+        if not all(isinstance(leaf, DaaswarmError) for leaf in leaves):
             raise
-        error: BaseException = ours
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise error from None
+        raise leaves[0] from None
+
+
+def _get_leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        inner = cast("tuple[BaseException, ...]", error.exceptions)  # pyright: ignore[reportUnknownMemberType]
+        for part in inner:
+            yield from _get_leaves(part)
+    else:
+        yield error

@@ -82,9 +82,7 @@ class SwarmCoordinator:
 
     # -- answering others ---------------------------------------------------------------------------------------
 
-    def handle_inline(
-        self, peer: PeerId, message: Request, body: memoryview
-    ) -> tuple[Reply, Sequence[Buffer]] | None:
+    def handle_inline(self, peer: PeerId, message: Request, body: memoryview) -> tuple[Reply, Sequence[Buffer]] | None:
         """Small expert calls, computed where they arrive."""
         if isinstance(message, ExpertCall) and self._experts is not None:
             return self._experts.serve_inline(peer, message, body)
@@ -174,7 +172,6 @@ class SwarmCoordinator:
         experts.add(hosted)
         try:
             self.advertise(model)
-            held = {layer: ids for layer, ids in wanted.items()}
             await emit(
                 {
                     "event": "ready",
@@ -183,10 +180,10 @@ class SwarmCoordinator:
                     "model": model.name,
                     "model_root": model.root,
                     "dtype": dtype,
-                    "held": {str(layer): ids for layer, ids in held.items()},
+                    "held": {str(layer): ids for layer, ids in wanted.items()},
                     "bytes_held": hosted.nbytes,
                     "bytes_read": bytes_read,
-                    "lines": [describe_held(model, held, hosted.nbytes)],
+                    "lines": [describe_held(model, wanted, hosted.nbytes)],
                 }
             )
             await trio.sleep_forever()

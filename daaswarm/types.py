@@ -1,4 +1,4 @@
-"""Names shared by every room: what a peer, an expert, a dtype and a range are. No I/O, no third-party import but msgspec."""
+"""Names shared by every room: what a peer, an expert, a dtype and a range are. No I/O, no third-party import."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def parse_range(text: str, *, option: str, limit: int | None = None) -> list[int
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ConfigError(f"{option} {text!r} is not a range", hint=f"write it like {option} 0-14 or {option} 0,3,7")
+            raise ConfigError(
+                f"{option} {text!r} is not a range", hint=f"write it like {option} 0-14 or {option} 0,3,7"
+            )
         low, high = int(first), int(last or first)
         if low > high:
             raise ConfigError(f"{option} {text!r}: {low} is greater than {high}", hint=f"write {option} {high}-{low}")

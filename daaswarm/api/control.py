@@ -1,6 +1,6 @@
 """The control socket: how ``status``, ``host-expert`` and ``infer`` reach a node that already runs.
 
-A Unix socket, mode 0600, in the data directory. The client sends one line of JSON, ``{"method": ..., "params": {...}}``;
+A Unix socket, mode 0600, in the data directory. The client sends a line of JSON, ``{"method": ..., "params": {...}}``;
 the node answers with lines of JSON, events first, ``{"result": ...}`` or ``{"error": ...}`` last. A client that
 goes away cancels what it asked for.
 """
@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,7 @@ async def serve_control(path: Path, handler: ControlHandler, *, task_status: Any
         ConfigError: the socket can't be made there.
     """
     limiter = trio.Semaphore(CLIENTS)
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
+    _remove(path)
     listening = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         before = os.umask(0o177)
@@ -79,8 +78,12 @@ async def serve_control(path: Path, handler: ControlHandler, *, task_status: Any
                 nursery.start_soon(_serve_client, trio.SocketStream(client), handler, limiter)
     finally:
         listening.close()
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
 
 
 async def _serve_client(stream: trio.SocketStream, handler: ControlHandler, limiter: trio.Semaphore) -> None:
@@ -144,7 +147,7 @@ def is_running(path: Path) -> bool:
         return False
 
 
-async def request(path: Path, method: str, params: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+async def request(path: Path, method: str, params: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
     """Ask a running node; yields its events, the last one ``{"result": ...}``.
 
     Raises:

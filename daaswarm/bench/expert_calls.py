@@ -36,8 +36,9 @@ Kind = Literal["nop", "ffn"]
 class NopLayer:
     """Returns its rows: what remains is the network."""
 
-    ids = [0]
-    nbytes = 0
+    def __init__(self) -> None:
+        self.ids = [0]
+        self.nbytes = 0
 
     def compute_pairs(self, rows: Any, row_index: Any, expert_index: Any, weights: Any) -> torch.Tensor:
         raise DaaswarmError("the benchmark's experts are dense")
@@ -50,6 +51,7 @@ class FfnLayer(NopLayer):
     """dim → 4 dim → dim with a GELU between, random weights (the feed-forward net that hivemind measures with)."""
 
     def __init__(self, dim: int) -> None:
+        super().__init__()
         generator = torch.Generator().manual_seed(0)
         self._up = torch.randn(FFN_RATIO * dim, dim, generator=generator) / dim**0.5
         self._down = torch.randn(dim, FFN_RATIO * dim, generator=generator) / dim**0.5

@@ -1,4 +1,4 @@
-"""``bench parity``: is a model with its experts on several hosts the same model, and how fast is it beside the whole one?
+"""``bench parity``: is a model with its experts on several hosts the same model, and how fast beside the whole one?
 
 Real host processes, real sockets. Both models generate greedily from the same prompt, in turn, so that the ratio of
 their speeds is one of the same minute on the same machine.

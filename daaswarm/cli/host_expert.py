@@ -65,7 +65,8 @@ def host_expert(
         raise ConfigError(f"--dtype {dtype!r} is not served", hint=f"choose from {', '.join(DTYPES)}")
     if experts is not None and slices is not None:
         raise ConfigError(
-            "--experts and --slices exclude each other", hint="--experts is for mixture-of-experts models, --slices for dense"
+            "--experts and --slices exclude each other",
+            hint="--experts is for mixture-of-experts models, --slices for dense",
         )
     for option, text in (("--layers", layers), ("--experts", experts), ("--slices", slices)):
         if text is not None:

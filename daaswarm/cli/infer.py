@@ -34,12 +34,20 @@ def infer(
     temperature: Annotated[
         float | None, typer.Option("--temperature", help="0 gives the same answer every time; higher is more varied.")
     ] = None,
-    top_p: Annotated[float | None, typer.Option("--top-p", help="Draw from the likeliest tokens up to this share.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", help="Draw from the likeliest tokens up to this share.")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Makes a draw at a temperature repeatable.")] = None,
     system: Annotated[str | None, typer.Option("--system", help="Instruction put before the prompt.")] = None,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="End the answer before this text. Repeatable.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it stands, without the chat template.")] = False,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Ask for f32, bf16 or f16 (default: best covered).")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="End the answer before this text. Repeatable.")
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it stands, without the chat template.")
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Ask for f32, bf16 or f16 (default: best covered).")
+    ] = None,
     embedded: Annotated[
         int | None,
         typer.Option("--embedded", min=1, max=64, help="Start this many host processes here, for this run only."),
@@ -109,7 +117,9 @@ def read_prompt(prompt: str) -> str:
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise ConfigError("standard input is not UTF-8 text", hint="convert it first, with iconv for example") from error
+        raise ConfigError(
+            "standard input is not UTF-8 text", hint="convert it first, with iconv for example"
+        ) from error
 
 
 def summarise(result: dict[str, Any]) -> str:

@@ -12,7 +12,9 @@ from daaswarm.store.data_dir import DataDir
 
 DataDirOption = Annotated[
     Path | None,
-    typer.Option("--data-dir", envvar="DAASWARM_HOME", show_envvar=True, help="Folder of this node: key, settings, lock."),
+    typer.Option(
+        "--data-dir", envvar="DAASWARM_HOME", show_envvar=True, help="Folder of this node: key, settings, lock."
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON lines on standard output, nothing else.")]
 BootstrapOption = Annotated[

@@ -63,7 +63,8 @@ def render(found: dict[str, Any], output: Output) -> None:
     for model in found["hosted"]:
         held = ", ".join(f"{format_range(layers)}: {format_range(ids)}" for layers, ids in group_layers(model["held"]))
         table.add_row(
-            "serves", f"{model['name']} {model['dtype']}, {format_bytes(model['bytes'])}, layers {held}; {model['calls']} calls"
+            "serves",
+            f"{model['name']} {model['dtype']}, {format_bytes(model['bytes'])}, layers {held}; {model['calls']} calls",
         )
     for model in found["models"]:
         table.add_row("model", f"{model['name']} ({model['root'][:12]}) in {model['folder']}")

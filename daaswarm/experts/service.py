@@ -87,7 +87,9 @@ class ExpertService:
         """Stop serving a model. Calls in flight keep their weights alive until they are done."""
         self.models.pop((root, dtype), None)
 
-    def serve_inline(self, peer: PeerId, call: ExpertCall, body: memoryview) -> tuple[ExpertReply, Sequence[Buffer]] | None:
+    def serve_inline(
+        self, peer: PeerId, call: ExpertCall, body: memoryview
+    ) -> tuple[ExpertReply, Sequence[Buffer]] | None:
         """Compute a small call at once; ``None`` for one that belongs in a thread.
 
         Raises:
@@ -190,7 +192,7 @@ class ExpertService:
             service_us=(time.perf_counter_ns() - started) // 1000,
             queue_depth=self._admission.queue_depth,
         )
-        return reply, [memoryview(sums.contiguous().numpy()).cast("B")]
+        return reply, [sums.contiguous().numpy().data.cast("B")]
 
     def _read_pairs(
         self, call: ExpertCall, held: frozenset[int], body: memoryview

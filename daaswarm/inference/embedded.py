@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -46,10 +47,10 @@ def split_evenly(layers: dict[int, int], hosts: int, *, across: bool) -> list[tu
     if across and fewest >= hosts:
         most = max(layers.values())
         bounds = [most * i // hosts for i in range(hosts + 1)]
-        return [(numbers, list(range(a, b))) for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [(numbers, list(range(a, b))) for a, b in itertools.pairwise(bounds)]
     hosts = min(hosts, len(numbers))
     bounds = [len(numbers) * i // hosts for i in range(hosts + 1)]
-    return [(numbers[a:b], None) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [(numbers[a:b], None) for a, b in itertools.pairwise(bounds)]
 
 
 @asynccontextmanager

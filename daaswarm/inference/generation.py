@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation.streamers import BaseStreamer
 
 from daaswarm.errors import ConfigError, ModelError
@@ -55,7 +55,8 @@ def encode_prompt(prompt: Prompt, tokenizer: Any, model_name: str) -> torch.Tens
     if prompt.raw or not tokenizer.chat_template:
         if prompt.system is not None:
             raise ConfigError(
-                "--system needs a chat template" + ("; --raw leaves it out" if prompt.raw else f", {model_name} has none"),
+                "--system needs a chat template"
+                + ("; --raw leaves it out" if prompt.raw else f", {model_name} has none"),
                 hint="put the instruction into the prompt",
             )
         ids = tokenizer(prompt.text, return_tensors="pt")["input_ids"]

@@ -42,7 +42,6 @@ class HostPlan:
         if missing:
             raise self.describe_missing(missing, model_name)
 
-
     def describe_missing(self, missing: dict[int, list[int]], model_name: str) -> NoPeerCouldServe:
         """The error that names the layers and experts nobody serves."""
         hosts = len(self.contacts)

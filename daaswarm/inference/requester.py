@@ -132,7 +132,9 @@ class Requester:
             nursery.cancel_scope.cancel()
         return done.unwrap()
 
-    async def answer(self, model: LocalModel, trunk: Trunk, plan: HostPlan, prompt: Prompt, emit: Emit) -> dict[str, Any]:
+    async def answer(
+        self, model: LocalModel, trunk: Trunk, plan: HostPlan, prompt: Prompt, emit: Emit
+    ) -> dict[str, Any]:
         """Generate; pieces of text go to ``emit`` as they come.
 
         Raises:
@@ -214,7 +216,9 @@ def make_plan(model: LocalModel, known: list[Known], dtype: Dtype) -> HostPlan:
 
 def describe(model: LocalModel, trunk: Trunk, experts: SwarmExperts, result: Generated) -> dict[str, Any]:
     """The result object of the command contract."""
-    remote = sum(count * model.expert_bytes(layer, "f32") for layer, count in model.layers.items()) // DTYPE_BYTES["f32"]
+    remote = (
+        sum(count * model.expert_bytes(layer, "f32") for layer, count in model.layers.items()) // DTYPE_BYTES["f32"]
+    )
     hosts = [
         {
             "peer_id": peer,

@@ -2,7 +2,7 @@
 
 Life of a layer: the router says which replica computes which experts; one frame goes to each chosen host with all
 its experts of the layer; each returns one summed row per row sent; the rows are added. A host that fails is left
-out, and its share alone is asked of another replica: the answer stays the same, since an expert is a stateless function.
+out, and its share alone is asked of another replica: the answer stays the same, since experts are stateless functions.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LocalCompute = Callable[[ExpertCall, memoryview], tuple[ExpertReply, Sequence[An
 """Computes a call here: this node may be one of its own hosts."""
 
 
-class Stopped(Exception):  # noqa: N818 - a signal between our own threads, never shown
+class Stopped(Exception):
     """The answer was cancelled; unwinds the model's thread."""
 
 
@@ -181,7 +181,11 @@ class SwarmExperts:
             else:
                 starts = range(0, len(rows), ROWS_PER_CALL)
                 whole = [
-                    Share(self._slices[layer], wire_rows[s : s + ROWS_PER_CALL], torch.arange(s, min(s + ROWS_PER_CALL, len(rows))))
+                    Share(
+                        self._slices[layer],
+                        wire_rows[s : s + ROWS_PER_CALL],
+                        torch.arange(s, min(s + ROWS_PER_CALL, len(rows))),
+                    )
                     for s in starts
                 ]
         else:
@@ -353,7 +357,8 @@ class SwarmExperts:
         rows, hidden = share.rows.shape
         if (reply.rows, reply.hidden) != (rows, hidden) or len(body) != rows * hidden * 4:
             raise RemoteProtocolError(
-                f"an expert reply has {reply.rows} x {reply.hidden} rows in {len(body)} bytes; {rows} x {hidden} f32 were due"
+                f"an expert reply has {reply.rows} x {reply.hidden} rows in {len(body)} bytes; "
+                f"{rows} x {hidden} f32 were due"
             )
         return torch.frombuffer(body, dtype=torch.float32).view(rows, hidden)
 
@@ -388,4 +393,4 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     tensor = tensor.contiguous()
     if tensor.dtype == torch.bfloat16:  # numpy has none
         tensor = tensor.view(torch.int16)
-    return memoryview(tensor.numpy()).cast("B")
+    return tensor.numpy().data.cast("B")

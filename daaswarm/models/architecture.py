@@ -29,6 +29,7 @@ from daaswarm.models.tensors import COMPUTE_DTYPES
 from daaswarm.types import Dtype
 
 _OTHER_TOWER = re.compile(r"(^|\.)(vision|visual|image|audio|speech)")  # how experts for other inputs are named
+MAX_LAYERS = 4_096  # of one model; the deepest have fewer than 200
 _GENERATORS = (
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
@@ -57,6 +58,7 @@ def load_config(folder: Path) -> PretrainedConfig:
             f"{folder} is quantised ({method or 'quantization_config'}); it would be served with losses",
             hint="use the checkpoint in bf16, f16 or f32",
         )
+    _check_depth(folder, raw)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
@@ -65,6 +67,15 @@ def load_config(folder: Path) -> PretrainedConfig:
             f"(model_type {raw.get('model_type')!r}): {str(error).splitlines()[0][:200]}",
             hint="models that need their own code (trust_remote_code) are never run",
         ) from None
+
+
+def _check_depth(folder: Path, raw: dict[str, Any]) -> None:
+    """Modules are built one by one, so an absurd number of layers must be refused before."""
+    for key, value in raw.items():
+        if isinstance(value, dict):
+            _check_depth(folder, value)
+        elif isinstance(value, int) and value > MAX_LAYERS and re.search(r"(layers|n_layer|depth)$", key):
+            raise ModelError(f"{folder / 'config.json'}: {key} is {value}; {MAX_LAYERS} is the limit")
 
 
 def get_class(config: PretrainedConfig) -> tuple[type[PreTrainedModel], PretrainedConfig]:

@@ -115,7 +115,7 @@ class MoeExperts:
         for pair, expert in enumerate(experts):
             by_expert.setdefault(expert, []).append(pair)
         single = rows.shape[0] == 1
-        weights = weights.float()
+        weights, row_index = weights.float(), row_index.long()
         for expert, pairs in by_expert.items():
             place = self.place[expert]
             if single and len(pairs) == 1:  # decoding

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
+import struct
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +41,7 @@ def convert_gguf(file: Path, folder: Path, progress: Progress) -> None:
     from daaswarm.models.quiet import quiet_transformers
     from daaswarm.models.safetensors_writer import write_safetensors
 
-    progress("converting the GGUF file", 0, 0)
-    with quiet_transformers():
+    with quiet_transformers(), _show_conversion(progress):
         try:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 file.parent,
@@ -65,8 +67,29 @@ def convert_gguf(file: Path, folder: Path, progress: Progress) -> None:
             progress("the GGUF file has no tokenizer that transformers can read", 0, 0)
 
 
-_DAMAGED = (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError, OSError, NotImplementedError)
+_DAMAGED = (
+    ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError, OSError, OverflowError, MemoryError,
+    NotImplementedError, struct.error,
+)  # fmt: skip
 """What transformers' GGUF reader raises on files that it can't make a model of."""
+
+
+@contextlib.contextmanager
+def _show_conversion(progress: Progress) -> Iterator[None]:
+    """Report the loop over tensors, round which transformers' reader draws a bar that can't be turned off."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    def show(tensors: Sequence[Any], **_: Any) -> Iterator[Any]:
+        for done, tensor in enumerate(tensors):
+            progress("converting the GGUF file (tensors)", done, len(tensors))
+            yield tensor
+
+    drawn: Any = vars(reader).get("tqdm")
+    vars(reader)["tqdm"] = show
+    try:
+        yield
+    finally:
+        vars(reader)["tqdm"] = drawn
 
 
 def _save_config(model: Any, folder: Path) -> None:
@@ -79,8 +102,9 @@ def _save_config(model: Any, folder: Path) -> None:
     text = json.dumps(written, indent=1, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
     if model.generation_config is not None:
-        generation = {k: v for k, v in model.generation_config.to_diff_dict().items() if k != "transformers_version"}
-        (folder / "generation_config.json").write_text(json.dumps(generation, indent=1, sort_keys=True) + "\n")
+        generation = model.generation_config.to_diff_dict()
+        kept = {k: v for k, v in generation.items() if k != "transformers_version" and not k.startswith("_")}
+        (folder / "generation_config.json").write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
 
 
 def _hash(file: Path, progress: Progress) -> str:

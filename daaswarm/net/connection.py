@@ -368,7 +368,8 @@ class Connection:
                 self.close(ConnectionLost(f"the peer has read nothing for {WRITE_STALL_S:g} s"))
 
     def _on_room(self) -> None:
-        self._in_trio(self._grant_windows)
+        # Never at once: whoever made room holds another connection's lock.
+        self._soon(self._grant_windows)
 
     def _grant_windows(self) -> None:
         with self._lock:
@@ -409,8 +410,11 @@ class Connection:
         return lost
 
     def _in_trio(self, function: Callable[..., object], *args: object) -> None:
-        if threading.get_ident() == self._thread and function is not self._grant_windows:
+        if threading.get_ident() == self._thread:
             function(*args)
-            return
+        else:
+            self._soon(function, *args)
+
+    def _soon(self, function: Callable[..., object], *args: object) -> None:
         with contextlib.suppress(trio.RunFinishedError):  # the node is gone, and its connections with it
             self._token.run_sync_soon(function, *args)

@@ -111,14 +111,14 @@ def make_config(architecture: str, **changes: Any) -> PretrainedConfig:
 
 
 def make_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """A model with normally distributed weights; norms and other vectors stay as the architecture initialises them."""
+    """A model with normally distributed matrices and biases; norms stay as the architecture initialises them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         cls, config = get_class(config)
         model = cls(config)
         with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() > 1 and parameter.is_floating_point():
+            for name, parameter in model.named_parameters():
+                if (parameter.dim() > 1 or name.endswith("bias")) and parameter.is_floating_point():
                     parameter.normal_(0, _SCALE)
     return model.eval()
 

@@ -28,9 +28,7 @@ def get_reference_text() -> str:
     reference, tokenizer = load_reference(model, "f32"), load_tokenizer(model)
     assert tokenizer is not None
     messages = [{"role": "user", "content": QUESTION}]
-    inputs = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     with torch.inference_mode():
         made = reference.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
     return tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,0 +1,1 @@
+"""Tools for tests: tiny checkpoints. The product never imports this."""
