@@ -150,17 +150,18 @@ def get_exit_code(error: DaaswarmError) -> int:
 
 
 @contextlib.contextmanager
-def unwrap_groups() -> Generator[None, None, None]:
+def unwrap_groups(*expected: type[BaseException]) -> Generator[None, None, None]:
     """Turn the exception group of a nursery into the one error of ours in it.
 
-    A nursery wraps whatever ends it in a group. Where all that went wrong is errors raised on purpose, the first
-    is what the caller has to act on; a group with anything else in it is a bug and passes unchanged.
+    A nursery wraps whatever ends it in a group. Where all that went wrong is errors raised on purpose (or
+    ``expected`` ones), the first is what the caller has to act on; a group with anything else in it is a bug and
+    passes unchanged.
     """
     try:
         yield
     except BaseExceptionGroup as group:
         leaves = list(_get_leaves(group))
-        if not all(isinstance(leaf, DaaswarmError) for leaf in leaves):
+        if not all(isinstance(leaf, (DaaswarmError, *expected)) for leaf in leaves):
             raise
         raise leaves[0] from None
 

@@ -26,9 +26,7 @@ from daaswarm.errors import (
     ConfigError,
     DaaswarmError,
     ExpertError,
-    PeerIdMismatch,
     RemoteProtocolError,
-    Unreachable,
 )
 from daaswarm.messages import Contact, ExpertCall, FindNode, FindValue, GetAdverts, Reopen, Reply, Request, Store
 from daaswarm.models.sources import LocalModel, find_model, list_models
@@ -36,6 +34,8 @@ from daaswarm.net.addresses import parse_address
 from daaswarm.net.dataplane import TcpNetwork, open_tcp_network
 from daaswarm.net.discovery import Discovery
 from daaswarm.net.handshake import Identity
+from daaswarm.net.inbound import InboundBudget
+from daaswarm.net.network import FastHandler, Handler
 from daaswarm.store.data_dir import DataDir
 from daaswarm.types import ExpertId, PeerId, parse_range
 
@@ -119,7 +119,7 @@ class SwarmCoordinator:
         async def dial(address: str) -> None:
             try:
                 reached.append(await self.network.connect_addr(address))
-            except (Unreachable, PeerIdMismatch, RemoteProtocolError) as error:
+            except DaaswarmError as error:  # also Busy, or lost in the handshake: another address may do
                 refused.append(f"{address}: {error.message}")
 
         async with trio.open_nursery() as nursery:
@@ -166,6 +166,7 @@ class SwarmCoordinator:
         wanted = await self.choose_wanted(model, params)
         dtype = params["dtype"]
         experts = self.get_experts()
+        experts.check_free(model.root, model.name, dtype, wanted)
         hosted, bytes_read = await trio.to_thread.run_sync(
             load_hosted, model, wanted, dtype, make_progress(emit), abandon_on_cancel=True
         )
@@ -188,13 +189,15 @@ class SwarmCoordinator:
             )
             await trio.sleep_forever()
         finally:
-            experts.remove(model.root, dtype)
-            self.discovery.withdraw(model.root)
+            experts.remove(model.root, dtype, wanted)
+            self.advertise(model)
 
     def advertise(self, model: LocalModel) -> None:
-        """Publish what this node serves of a model now."""
-        served = [hosted for hosted in self.get_experts().models.values() if hosted.root == model.root]
-        for hosted in served:
+        """Publish what this node serves of a model now, or that it is nothing any more."""
+        hosted = next((hosted for hosted in self.get_experts().models.values() if hosted.root == model.root), None)
+        if hosted is None:
+            self.discovery.withdraw(model.root)
+        else:
             held = {layer: list(experts.ids) for layer, experts in hosted.layers.items()}
             self.discovery.advertise(hosted.root, hosted.name, hosted.kind, held, hosted.dtype)
 
@@ -416,24 +419,45 @@ async def open_node(
     ) -> tuple[Reply, Sequence[Buffer]]:
         return await coordinator.handle(peer, contact, message, body, deadline_s)
 
+    identity = Identity(key, swarm, f"daaswarm/{__version__}")
+    budget = InboundBudget()
     async with AsyncExitStack() as stack:
         network = await stack.enter_async_context(
             open_tcp_network(
-                Identity(key, swarm, f"daaswarm/{__version__}"),
+                identity,
                 handler=handle,
                 fast_handler=handle_inline,
                 listen=[config.network.listen] if listen else [],
                 announce=config.network.announce,
+                budget=budget,
             )
         )
         discovery = Discovery(network, key, swarm, random.Random())
         coordinator = SwarmCoordinator(data_dir, config, network, discovery)
         nursery = await stack.enter_async_context(trio.open_nursery())
         await nursery.start(discovery.run)
+        if libp2p and config.network.libp2p:
+            nursery.start_soon(run_libp2p, network, identity, handle, handle_inline, budget)
         try:
             yield coordinator
         finally:
             nursery.cancel_scope.cancel()
+
+
+async def run_libp2p(
+    network: TcpNetwork, identity: Identity, handle: Handler, handle_inline: FastHandler, budget: InboundBudget
+) -> None:
+    """The same node for libp2p peers and browsers. If libp2p fails, that costs them, not the node."""
+    from daaswarm.net.libp2p_host import open_libp2p_host
+
+    try:
+        async with open_libp2p_host(identity, handler=handle, fast_handler=handle_inline, budget=budget) as running:
+            network.splicer.targets.update(running.targets)
+            await trio.sleep_forever()
+    except Exception as error:  # noqa: BLE001 - whatever py-libp2p raises
+        logger.warning("libp2p peers can't connect any more: %s", error)
+    finally:
+        network.splicer.targets.clear()
 
 
 async def run_node(data_dir: DataDir, config: Config, emit: Emit, *, host: Event | None = None) -> None:

@@ -8,6 +8,7 @@ goes away cancels what it asked for.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -24,6 +25,7 @@ from daaswarm.errors import ConfigError, DaaswarmError, NoPeerCouldServe, Offlin
 LINE_BYTES = 16 << 20  # a prompt of the longest context, with room
 CLIENTS = 64  # at once; each may hold a generation
 REQUEST_S = 10.0  # for the request line: a local client has it at hand
+ACCEPT_PAUSE_S = 0.1  # when there are no file descriptors left
 
 Emit = Callable[[dict[str, Any]], Awaitable[None]]
 ControlHandler = Callable[[str, dict[str, Any], Emit], Awaitable[dict[str, Any]]]
@@ -38,6 +40,13 @@ def describe_error(error: DaaswarmError) -> dict[str, Any]:
         described["text"] = error.text
         described["missing"] = {str(layer): experts for layer, experts in error.missing.items()}
     return described
+
+
+class Asked(msgspec.Struct):
+    """The request line."""
+
+    method: str
+    params: dict[str, Any] = {}
 
 
 class RemoteError(DaaswarmError):
@@ -58,27 +67,43 @@ async def serve_control(path: Path, handler: ControlHandler, *, task_status: Any
     """
     limiter = trio.Semaphore(CLIENTS)
     _remove(path)
-    listening = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listening = trio.socket.from_stdlib_socket(_bind(path))
     try:
-        before = os.umask(0o177)
+        async with trio.open_nursery() as nursery:
+            task_status.started()
+            while True:
+                await limiter.acquire()
+                client = await _accept(listening)
+                nursery.start_soon(_serve_client, trio.SocketStream(client), handler, limiter)
+    finally:
+        listening.close()
+        _remove(path)
+
+
+def _bind(path: Path) -> socket.socket:
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        before = os.umask(0o177)  # of the whole process: nothing may run between this and the next line but one
         try:
-            await listening.bind(os.fspath(path))
+            listening.bind(os.fspath(path))
         finally:
             os.umask(before)
         listening.listen(16)
     except OSError as error:
         listening.close()
         raise ConfigError(f"control socket {path}: {error.strerror}", hint="choose another --data-dir") from error
-    try:
-        async with trio.open_nursery() as nursery:
-            task_status.started()
-            while True:
-                client, _ = await listening.accept()
-                await limiter.acquire()
-                nursery.start_soon(_serve_client, trio.SocketStream(client), handler, limiter)
-    finally:
-        listening.close()
-        _remove(path)
+    return listening
+
+
+async def _accept(listening: trio.socket.SocketType) -> trio.socket.SocketType:
+    while True:
+        try:
+            return (await listening.accept())[0]
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED):
+                raise
+            logger.warning("control socket: %s", error.strerror)
+            await trio.sleep(ACCEPT_PAUSE_S)
 
 
 def _remove(path: Path) -> None:
@@ -101,16 +126,15 @@ async def _serve_client(stream: trio.SocketStream, handler: ControlHandler, limi
             try:
                 with trio.fail_after(REQUEST_S):
                     line = await _read_line(stream)
-                request = msgspec.json.decode(line, type=dict[str, Any])
-                method, params = request["method"], request.get("params", {})
-            except (trio.TooSlowError, msgspec.MsgspecError, KeyError, EOFError) as error:
+                asked = msgspec.json.decode(line, type=Asked)
+            except (trio.TooSlowError, trio.BrokenResourceError, msgspec.MsgspecError, EOFError) as error:
                 logger.info("control socket: bad request: %s", error)
                 return
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(watch, nursery.cancel_scope)
                 try:
                     with unwrap_groups():
-                        result = await handler(method, params, emit)
+                        result = await handler(asked.method, asked.params, emit)
                     await emit({"result": result})
                 except (trio.BrokenResourceError, trio.ClosedResourceError):
                     logger.info("control socket: client went away")
@@ -160,7 +184,8 @@ async def request(path: Path, method: str, params: dict[str, Any]) -> AsyncGener
         raise Offline(f"the node at {path} doesn't answer: {error.strerror}", hint="start it again") from error
     buffer = bytearray()
     async with stream:
-        await stream.send_all(msgspec.json.encode({"method": method, "params": params}) + b"\n")
+        with contextlib.suppress(trio.BrokenResourceError):  # it stopped; said below
+            await stream.send_all(msgspec.json.encode({"method": method, "params": params}) + b"\n")
         while True:
             try:
                 data = await stream.receive_some(65_536)

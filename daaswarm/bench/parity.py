@@ -69,6 +69,7 @@ async def run_parity(
         ModelError: the model can't be used.
     """
     async with open_node(data_dir, config, listen=True, libp2p=False) as node, AsyncExitStack() as stack:
+        cores = torch.get_num_threads()  # torch's own choice: what transformers alone would use
         model = await node.find_model(name, emit)
         reference = await trio.to_thread.run_sync(load_reference, model, dtype)
         ids = encode(model, reference.config.get_text_config().vocab_size, PROMPT)
@@ -86,10 +87,14 @@ async def run_parity(
         trunk = await requester.load(model, dtype, lambda what, done, total: None)
         experts = requester.make_experts(model, plan)
 
+        own_threads = torch.get_num_threads()
+
         async def sharded(logits: bool) -> tuple[list[int], Any, float]:
+            torch.set_num_threads(own_threads)
             return await requester.run(experts, lambda: generate(trunk.model, ids, tokens, logits=logits))
 
         async def local(logits: bool) -> tuple[list[int], Any, float]:
+            torch.set_num_threads(cores)
             return await trio.to_thread.run_sync(lambda: generate(reference, ids, tokens, logits=logits))
 
         want_ids, want_logits, _ = await local(True)
@@ -118,5 +123,6 @@ async def run_parity(
         "speed_ratio_min": round(ratios[0], 4),
         "speed_ratio_max": round(ratios[-1], 4),
         "calls": calls,
-        "requester_threads": torch.get_num_threads(),
+        "local_threads": cores,
+        "requester_threads": own_threads,
     }

@@ -29,7 +29,7 @@ def parity(
     tokens: Annotated[int, typer.Option("--tokens", min=1, max=4096, help="Greedy tokens to compare.")] = 32,
     across: Annotated[
         bool, typer.Option("--across/--by-layer", help="Cut every layer over all hosts, or give each whole layers.")
-    ] = True,
+    ] = False,
     dtype: Annotated[str, typer.Option("--dtype")] = "f32",
     data_dir: DataDirOption = None,
     as_json: JsonOption = False,

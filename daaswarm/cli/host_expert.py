@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -28,6 +29,16 @@ def complete_models(incomplete: str) -> list[str]:
 
     names = {DEFAULT_MODEL, *(model.name for model in list_models(get_cache_dir()))}
     return sorted(name for name in names if name.startswith(incomplete))
+
+
+def locate_model(name: str) -> str:
+    """A path made absolute, since the node that this command attaches to has a current folder of its own."""
+    from daaswarm.models.sources import DEFAULT_MODEL
+
+    if name.lower() in (DEFAULT_MODEL, "default"):
+        return name
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
 
 
 def host_expert(
@@ -77,7 +88,7 @@ def host_expert(
         folder, bootstrap=bootstrap, listen=listen, announce=announce, host__dtype=dtype, host__memory=memory
     )
     params = {
-        "model": model,
+        "model": locate_model(model),
         "layers": layers,
         "experts": experts,
         "slices": slices,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from daaswarm.cli.host_expert import complete_models
+from daaswarm.cli.host_expert import complete_models, locate_model
 from daaswarm.cli.options import (
     AnnounceOption,
     BootstrapOption,
@@ -20,7 +20,7 @@ from daaswarm.cli.options import (
 )
 from daaswarm.cli.output import Output
 from daaswarm.cli.run import attach, is_node_running, run_async, show
-from daaswarm.errors import ConfigError
+from daaswarm.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError
 from daaswarm.types import DTYPES, format_bytes
 
 
@@ -80,7 +80,7 @@ def infer(
     )
     params: dict[str, Any] = {
         "prompt": read_prompt(prompt),
-        "model": config.infer.model,
+        "model": locate_model(config.infer.model),
         "max_tokens": config.infer.max_tokens,
         "temperature": config.infer.temperature,
         "top_p": config.infer.top_p,
@@ -103,6 +103,8 @@ def infer(
             result.update(await ask_once(folder, config, partial(_show, output), params, serve=listen is not None))
 
     code = run_async(run, config)
+    if not result and code == EXIT_OK:
+        code = EXIT_INTERRUPTED  # told to stop by SIGTERM: there is no answer
     if result:
         output.end_line()
         output.json(result)
@@ -111,15 +113,19 @@ def infer(
 
 
 def read_prompt(prompt: str) -> str:
-    """The argument, or standard input for ``-``."""
-    if prompt != "-":
-        return prompt
+    """The argument, or standard input for ``-``.
+
+    Raises:
+        ConfigError: empty, or not UTF-8.
+    """
     try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            "standard input is not UTF-8 text", hint="convert it first, with iconv for example"
-        ) from error
+        text = sys.stdin.read() if prompt == "-" else prompt
+        text.encode()  # an argument that is not UTF-8 arrives with surrogates
+    except UnicodeError as error:
+        raise ConfigError("the prompt is not UTF-8 text", hint="convert it first, with iconv for example") from error
+    if not text.strip():
+        raise ConfigError("the prompt is empty", hint='write it like: daaswarm infer "What is a hash table?"')
+    return text
 
 
 def summarise(result: dict[str, Any]) -> str:

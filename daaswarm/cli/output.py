@@ -22,8 +22,8 @@ class Output:
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
-        self.console = Console(stderr=True, highlight=False)
-        self.answers = Console(highlight=False)
+        self.console = Console(stderr=True, highlight=False, emoji=False)  # no :x: in a path becomes a picture
+        self.answers = Console(highlight=False, emoji=False)
         self._progress: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._at_line_start = True
@@ -31,7 +31,8 @@ class Output:
     def json(self, event: dict[str, Any]) -> None:
         """One line of JSON, if that was asked for."""
         if self.as_json:
-            sys.stdout.write(json.dumps(event, ensure_ascii=False) + "\n")
+            is_utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+            sys.stdout.write(json.dumps(event, ensure_ascii=not is_utf8) + "\n")
             sys.stdout.flush()
 
     def message(self, text: str) -> None:
@@ -101,7 +102,8 @@ class Output:
 
 
 def escape(text: str) -> str:
-    """Text from outside must not be read as markup, nor move the cursor."""
+    """Text from outside must not be read as markup, nor move the cursor, nor take more than its line."""
     from rich.markup import escape as escape_markup
 
-    return escape_markup("".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text))
+    line = " ".join(text.split("\n"))
+    return escape_markup("".join(c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" for c in line))

@@ -43,7 +43,7 @@ def run_async(command: Command, config: Config) -> int:
             await command()
             nursery.cancel_scope.cancel()
 
-    with unwrap_groups():
+    with unwrap_groups(BrokenPipeError):
         trio.run(supervise)
     if signal.SIGINT in received:
         return EXIT_INTERRUPTED

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,7 +11,7 @@ import torch
 import trio
 
 from daaswarm.core.admission import Admission, Refused, Ticket
-from daaswarm.errors import Busy, ExpertError, RemoteProtocolError
+from daaswarm.errors import Busy, ConfigError, ExpertError, RemoteProtocolError, TooLarge
 from daaswarm.messages import ExpertCall, ExpertReply
 from daaswarm.types import DTYPE_BYTES, Dtype, ModelRoot, PeerId, format_range
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # (measured: docs/explanation/performance.md), and the loop is held for a few milliseconds at most.
 INLINE_BYTES = 32 << 20  # weights touched
 INLINE_ROWS = 4  # rows; the work per weight read
+INLINE_PAIRS = 256  # 64 experts a row
+PAIRS_BYTES = 1 << 30  # pairs x hidden x f32: the rows that one call may have gathered; 512 rows x top-32 x 16,384
 
 TORCH_DTYPES: dict[str, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -78,14 +80,39 @@ class ExpertService:
 
     def add(self, model: HostedModel) -> None:
         """Serve a model's experts from now on, beside those already served."""
-        key = model.root, model.dtype
-        known = self.models.get(key)
-        layers = {**known.layers, **model.layers} if known else model.layers
-        self.models[key] = HostedModel(model.root, model.name, model.kind, model.hidden, model.dtype, layers)
+        self.check_free(model.root, model.name, model.dtype, model.layers)
+        known = self.models.setdefault((model.root, model.dtype), model)
+        if known is not model:
+            known.layers |= model.layers
+            known.ids |= model.ids
 
-    def remove(self, root: ModelRoot, dtype: Dtype) -> None:
-        """Stop serving a model. Calls in flight keep their weights alive until they are done."""
-        self.models.pop((root, dtype), None)
+    def check_free(self, root: ModelRoot, name: str, dtype: Dtype, layers: Iterable[int]) -> None:
+        """Raises:
+        ConfigError: this node serves the model in another dtype, or some of these layers, already.
+        """
+        for known in self.models.values():
+            if known.root == root and known.dtype != dtype:
+                raise ConfigError(
+                    f"this node serves {name} in {known.dtype} already; one answer never mixes dtypes",
+                    hint=f"use --dtype {known.dtype}, or another --data-dir",
+                )
+            taken = sorted(known.layers.keys() & set(layers)) if known.root == root else []
+            if taken:
+                raise ConfigError(
+                    f"this node serves {name}, layers {format_range(taken)}, already",
+                    hint="stop the other host-expert first, choose other --layers, or another --data-dir",
+                )
+
+    def remove(self, root: ModelRoot, dtype: Dtype, layers: Iterable[int]) -> None:
+        """Stop serving layers of a model. Calls in flight keep their weights alive until they are done."""
+        known = self.models.get((root, dtype))
+        if known is None:
+            return
+        for layer in list(layers):
+            known.layers.pop(layer, None)
+            known.ids.pop(layer, None)
+        if not known.layers:
+            del self.models[root, dtype]
 
     def serve_inline(
         self, peer: PeerId, call: ExpertCall, body: memoryview
@@ -98,7 +125,7 @@ class ExpertService:
         """
         hosted, layer = self._check(call, len(body))
         touched = layer.nbytes * len(call.experts) // max(1, len(layer.ids))
-        if call.rows > INLINE_ROWS or touched > INLINE_BYTES:
+        if call.rows > INLINE_ROWS or call.pairs > INLINE_PAIRS or touched > INLINE_BYTES:
             return None
         return self._compute(hosted, layer, call, body)
 
@@ -170,6 +197,9 @@ class ExpertService:
                 f"don't fit a {hosted.kind} model of width {hosted.hidden}",
                 reject=False,
             )
+        if call.pairs * call.hidden * 4 > PAIRS_BYTES:
+            most = PAIRS_BYTES // (call.hidden * 4)
+            raise TooLarge(f"expert call: {call.pairs} pairs; {most} of this width are allowed", hint="split the call")
         return hosted, layer
 
     def _compute(
@@ -180,7 +210,7 @@ class ExpertService:
         rows = rows.view(call.rows, call.hidden)
         with torch.inference_mode():
             if call.pairs:
-                row_index, expert_index, weights = self._read_pairs(call, hosted.ids[call.layer], body)
+                row_index, expert_index, weights = self._read_pairs(call, frozenset(layer.ids), body)
                 sums = layer.compute_pairs(rows, row_index, expert_index, weights)
             else:
                 sums = layer.compute_slices(rows, call.experts)

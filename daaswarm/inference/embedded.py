@@ -90,8 +90,8 @@ async def run_embedded_hosts(
                             command += ["--bootstrap", address]
                         environment = {**os.environ, "DAASWARM_NETWORK_LIBP2P": "false"}
                         environment |= {"DAASWARM_NETWORK_SWARM": swarm, "DAASWARM_HOST_THREADS": str(threads)}
-                        for name in ("DAASWARM_HOME", "DAASWARM_NETWORK_BOOTSTRAP", "DAASWARM_NETWORK_LISTEN"):
-                            environment.pop(name, None)
+                        for name in ("HOME", "NETWORK_BOOTSTRAP", "NETWORK_LISTEN", "NETWORK_ANNOUNCE"):
+                            environment.pop(f"DAASWARM_{name}", None)  # this node's, not theirs
                         process = await trio.lowlevel.open_process(
                             command,
                             stdin=subprocess.PIPE,

@@ -45,6 +45,30 @@ class Trunk:
     parameters: int
 
 
+class SharedRouter(ReplicaRouter):
+    """One router for the threads of all answers: what one learns about a host helps the others."""
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__(rng)
+        self._lock = threading.Lock()
+
+    def choose(self, *args: Any, **kwargs: Any) -> dict[PeerId, list[int]]:
+        with self._lock:
+            return super().choose(*args, **kwargs)
+
+    def note_reply(self, *args: Any, **kwargs: Any) -> None:
+        with self._lock:
+            super().note_reply(*args, **kwargs)
+
+    def note_failure(self, *args: Any, **kwargs: Any) -> None:
+        with self._lock:
+            super().note_failure(*args, **kwargs)
+
+    def get_estimate_s(self, *args: Any, **kwargs: Any) -> float:
+        with self._lock:
+            return super().get_estimate_s(*args, **kwargs)
+
+
 class Requester:
     """Answers prompts with models whose experts are elsewhere. One per node; several answers may run at once.
 
@@ -71,7 +95,7 @@ class Requester:
         self._find_adverts = find_adverts
         self._call_timeout_s = call_timeout_s
         self._local = local
-        self._router = ReplicaRouter(random.Random())
+        self._router = SharedRouter(random.Random())
         self._trunks: dict[tuple[ModelRoot, Dtype], Trunk] = {}
         self._loading = trio.Lock()
         self._current = threading.local()  # .experts: the SwarmExperts of the answer that this thread computes
@@ -90,8 +114,10 @@ class Requester:
                 trunk = await trio.to_thread.run_sync(self._load, model, dtype, progress)
                 while len(self._trunks) >= TRUNKS:
                     del self._trunks[next(iter(self._trunks))]
-                self._trunks[key] = trunk
-            return self._trunks[key]
+            else:
+                trunk = self._trunks.pop(key)
+            self._trunks[key] = trunk  # the last used comes last
+            return trunk
 
     def _load(self, model: LocalModel, dtype: Dtype, progress: Progress) -> Trunk:
         def experts(

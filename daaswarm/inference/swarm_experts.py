@@ -74,14 +74,17 @@ class Share:
     pair_weights: torch.Tensor | None = None
     failed: set[PeerId] = field(default_factory=set)
     waits: int = 0
+    refreshed: bool = False  # the swarm was asked again for it, once
 
     def restrict(self, experts: list[int]) -> Share:
         """The part of this share that only these experts do."""
         if self.pair_experts is None:
-            return Share(experts, self.rows, self.into, failed=set(self.failed))
+            part = Share(experts, self.rows, self.into, failed=set(self.failed))
+            part.waits, part.refreshed = self.waits, self.refreshed
+            return part
         assert self.pair_rows is not None and self.pair_weights is not None
         mine = torch.isin(self.pair_experts, torch.tensor(experts))
-        return make_pair_share(
+        part = make_pair_share(
             experts,
             self.rows,
             self.into,
@@ -90,6 +93,8 @@ class Share:
             self.pair_weights[mine],
             set(self.failed),
         )
+        part.waits, part.refreshed = self.waits, self.refreshed
+        return part
 
     def get_demand(self) -> dict[int, int]:
         """Rows of work per expert."""
@@ -155,7 +160,6 @@ class SwarmExperts:
         self._dtype = TORCH_DTYPES[plan.dtype]
         self._dead: set[PeerId] = set()
         self._in_flight: list[PendingCall | Computed] = []
-        self._refreshed = False
         self._slices = {layer: list(range(count)) for layer, count in plan.layers.items()}
 
     def __call__(
@@ -245,7 +249,7 @@ class SwarmExperts:
                 try:
                     reply, body = self._wait(pending)
                     sums = self._read(share, reply, body)
-                except RETRYABLE as error:
+                except DaaswarmError as error:  # whatever a host answers: another may do better
                     self._note_failure(layer, peer, share, error)
                     waiting.append(share)
                     continue
@@ -289,8 +293,8 @@ class SwarmExperts:
         Raises:
             NoPeerCouldServe: still none.
         """
-        if not self._refreshed:
-            self._refreshed = True
+        if not share.refreshed:
+            share.refreshed = True
             plan = self._refresh()
             if plan.dtype == self.plan.dtype:
                 self.plan = plan
@@ -345,7 +349,7 @@ class SwarmExperts:
     def _wait(self, pending: PendingCall | Computed) -> tuple[ExpertReply, memoryview]:
         try:
             reply, body = pending.wait()
-        except RETRYABLE:
+        except DaaswarmError:
             if self.stop.is_set():
                 raise Stopped from None
             raise

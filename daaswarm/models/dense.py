@@ -6,13 +6,14 @@ slices whose outputs add up to the layer's. That holds for this formula only, wh
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+FORMULA_TOLERANCE = 1e-8  # relative, in f64: rounding is 1e-15, constants written with ten digits differ by 1e-10
 SLICES = 8  # of one dense FFN: enough for eight hosts, few enough that a slice is worth a round trip
 
 
@@ -39,6 +40,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": _gelu_tanh,
     "quick_gelu": _quick_gelu,
     "relu": functional.relu,
+    "relu6": functional.relu6,
+    "leaky_relu": functional.leaky_relu,
+    "hardswish": functional.hardswish,
+    "softplus": functional.softplus,
     "relu_squared": _relu_squared,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
@@ -108,26 +113,29 @@ class DenseSlices:
         return functional.linear(h, down, self.down_bias if bias else None).float()
 
 
-def find_formula(ffn: Callable[[Tensor], Tensor], linears: dict[str, Tensor], x: Tensor) -> tuple[str, ...] | None:
-    """Which of three matrices are gate, up and down, and which activation, so that ``ffn(x)`` is the formula.
+def find_formula(
+    ffn: Callable[[Tensor], Tensor], linears: dict[str, Tensor], inputs: list[Tensor]
+) -> tuple[str, str, str, str] | None:
+    """Which of three matrices are gate, up and down, and which activation, so that ``ffn`` is the formula.
 
     Args:
         linears: ``{name: weight}``; two are (intermediate, hidden), one is (hidden, intermediate).
-        x: (n, hidden), f64, spread widely enough to tell activations apart.
+        inputs: each (n, hidden), f64; small values tell activations apart, large ones reveal clamps.
 
     Returns:
         (gate, up, down, activation), or None if no assignment gives what ``ffn`` computes.
     """
-    hidden = x.shape[-1]
-    down = [name for name, w in linears.items() if w.shape[0] == hidden]
-    first = [name for name, w in linears.items() if w.shape[1] == hidden]
-    if len(down) != 1 or len(first) != 2 or down[0] in first:
-        return None
-    want = ffn(x)
-    for gate, up in (first, first[::-1]):
-        g, u = x @ linears[gate].T, x @ linears[up].T
+    wanted = [ffn(x) for x in inputs]
+    for gate, up, down in itertools.permutations(linears):
+        first, second, last = linears[gate], linears[up], linears[down]
+        if not first.shape == second.shape == last.shape[::-1] or first.shape[1] != inputs[0].shape[-1]:
+            continue
         for name, act in ACTIVATIONS.items():
-            got = (act(g) * u) @ linears[down[0]].T
-            if want.shape == got.shape and (want - got).abs().max() <= 1e-9 * math.sqrt(got.numel()) * got.abs().max():
-                return gate, up, down[0], name
+            got = [(act(x @ first.T) * (x @ second.T)) @ last.T for x in inputs]
+            if all(_is_same(a, b) for a, b in zip(got, wanted, strict=True)):
+                return gate, up, down, name
     return None
+
+
+def _is_same(got: Tensor, want: Tensor) -> bool:
+    return got.shape == want.shape and bool((want - got).abs().max() <= FORMULA_TOLERANCE * got.abs().max())

@@ -84,12 +84,13 @@ def _show_conversion(progress: Progress) -> Iterator[None]:
             progress("converting the GGUF file (tensors)", done, len(tensors))
             yield tensor
 
-    drawn: Any = vars(reader).get("tqdm")
-    vars(reader)["tqdm"] = show
+    module: Any = reader
+    drawn = getattr(module, "tqdm", None)
+    module.tqdm = show
     try:
         yield
     finally:
-        vars(reader)["tqdm"] = drawn
+        module.tqdm = drawn
 
 
 def _save_config(model: Any, folder: Path) -> None:

@@ -166,7 +166,8 @@ def _check_shape(model: PreTrainedModel, checkpoint: Checkpoint, group: Group) -
 
 def _check_complete(model: PreTrainedModel, checkpoint: Checkpoint, made: set[str]) -> None:
     ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
-    tied = getattr(model, "all_tied_weights_keys", {})
+    pairs: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    tied = pairs.keys() | {source for target, source in pairs.items() if target in made}
     missing = [
         name
         for name, _ in model.named_parameters(remove_duplicate=False)

@@ -26,7 +26,8 @@ from daaswarm.net.frames import Buffer, get_size
 from daaswarm.net.handshake import ProvenPeer
 from daaswarm.net.inbound import InboundBudget
 from daaswarm.net.pending import PendingCall
-from daaswarm.net.session import CallCancelled, CallFailed, Event, ReplyReceived, RequestReceived, Session
+from daaswarm.net.session import Session
+from daaswarm.net.transfers import CallCancelled, CallFailed, Event, ReplyReceived, RequestReceived
 from daaswarm.types import PeerId
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 FLUSH_BYTES = 1024 * 1024  # written in one go under the lock, about a millisecond; then others have their turn
 LEAD_S = 0.005  # trio's reader looks again after this while a worker thread reads; waking it costs that thread time
 LOOK_S = 0.25  # a reading thread looks this often whether its call was cancelled meanwhile
+INLINE_S = 0.01  # of one read's requests are computed inline before the rest get tasks: other peers wait meanwhile
 PING_ANSWER_S = 10.0  # a peer that computes inline may answer a ping late, but not later than this
 
 _Answer = tuple[Reply, Sequence[Buffer]]
@@ -276,21 +278,22 @@ class Connection:
     # -- serving ----------------------------------------------------------------------------------------------
 
     def _dispatch(self, events: list[Event]) -> None:
+        begin = monotonic()
         for event in events:
             if self._error is not None:
                 return
             if isinstance(event, RequestReceived):
-                self._serve(event)
+                self._serve(event, inline=monotonic() - begin < INLINE_S)
             elif isinstance(event, CallCancelled):
                 scope = self._scopes.get(event.call)
                 if scope is not None:
                     scope.cancel()
 
-    def _serve(self, request: RequestReceived) -> None:
+    def _serve(self, request: RequestReceived, inline: bool) -> None:
         if isinstance(request.message, Ping):
             self._reply(request.call, Pong())
             return
-        if self._fast_handler is not None:
+        if inline and self._fast_handler is not None:
             try:
                 answer = self._fast_handler(self.peer_id, request.message, request.body)
             except DaaswarmError as error:
@@ -393,7 +396,9 @@ class Connection:
             if self._heard == heard:
                 try:
                     await self.call(Ping(), deadline_s=PING_ANSWER_S)
-                except (DeadlineExceeded, Busy):
+                except Busy:
+                    pass  # so many calls wait for it that each deadline says as much as a ping
+                except DeadlineExceeded:
                     self.close(ConnectionLost(f"silent for {IDLE_PING_S + PING_ANSWER_S:g} s"))
                 except DaaswarmError as error:
                     self.close(error)

@@ -40,7 +40,7 @@ from daaswarm.types import PeerId
 log = logging.getLogger(__name__)
 
 BACKLOG = 128  # connections that the kernel holds until they're accepted
-ACCEPT_PAUSE_S = 0.1  # when there are no file descriptors left
+ACCEPT_PAUSE_S = 0.1  # when there are no file descriptors left, or the network is down
 TLS_BYTE = 0x16  # a TLS handshake record
 
 
@@ -65,8 +65,8 @@ class Listener:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 continue
             except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    raise
+                if error.errno in (errno.EBADF, errno.EINVAL, errno.ENOTSOCK):
+                    raise  # the listener itself is broken
                 log.warning("cannot accept connections at %s: %s", self.address, error.strerror)
                 await trio.sleep(ACCEPT_PAUSE_S)
                 continue

@@ -24,7 +24,7 @@ from daaswarm.core.kademlia_events import (
 from daaswarm.core.kademlia_events import Reply as KademliaReply
 from daaswarm.core.lookup import Want
 from daaswarm.core.rng import Rng
-from daaswarm.core.signing import MAX_TTL_S, seal
+from daaswarm.core.signing import MAX_TTL_S, get_peer_id, seal
 from daaswarm.errors import DaaswarmError, RemoteProtocolError
 from daaswarm.messages import (
     Advert,
@@ -111,26 +111,37 @@ class Discovery:
         return results[0] if results else LookupDone(lookup_id=lookup_id, contacts=[], records=[])
 
     async def find_adverts(self, root: ModelRoot) -> list[Known]:
-        """The adverts of all live hosts of a model, each fetched from its host just now; this node's own included."""
+        """The adverts of all live hosts of a model, each fetched from its host just now; this node's own included.
+
+        Asked are the hosts that the swarm points to and those known from before; who doesn't answer is left out.
+        """
         found = await self.lookup(bytes.fromhex(root), "records")
+        contacts = {
+            PeerId(known.advert.peer_id): Contact(peer_id=known.advert.peer_id, addrs=known.advert.addrs)
+            for known in self.book.get_adverts(root, time.time())
+        }
+        contacts |= {PeerId(p.peer_id): Contact(peer_id=p.peer_id, addrs=p.addrs) for p in found.records}
+        contacts.pop(self._network.peer_id, None)
         slots = trio.Semaphore(ASKED_AT_ONCE)
+        serving: set[PeerId] = set()
         async with trio.open_nursery() as nursery:
-            for pointer in found.records:
-                if pointer.peer_id != self._network.peer_id:
-                    contact = Contact(peer_id=pointer.peer_id, addrs=pointer.addrs)
-                    nursery.start_soon(self._fetch_adverts, contact, root, slots)
+            for contact in contacts.values():
+                nursery.start_soon(self._fetch_adverts, contact, root, slots, serving)
         if root in self._own:
             self.book.put(self._sign(root), time.time())
-        return self.book.get_adverts(root, time.time())
+            serving.add(self._network.peer_id)
+        return [known for known in self.book.get_adverts(root, time.time()) if known.advert.peer_id in serving]
 
-    async def _fetch_adverts(self, contact: Contact, root: ModelRoot, slots: trio.Semaphore) -> None:
+    async def _fetch_adverts(
+        self, contact: Contact, root: ModelRoot, slots: trio.Semaphore, serving: set[PeerId]
+    ) -> None:
+        """Ask a host; it joins ``serving`` if it answers that it has the model."""
         peer = PeerId(contact.peer_id)
         async with slots:
             try:
                 reply, _ = await self._network.call(contact, GetAdverts(model_root=root), deadline_s=ADVERT_S)
             except DaaswarmError as error:
                 logger.info("host %s can't be asked: %s", peer, error)
-                self.book.withdraw(peer, root)
                 return
         if not isinstance(reply, Adverts):
             logger.info("host %s answered GetAdverts with %s", peer, type(reply).__name__)
@@ -140,6 +151,9 @@ class Discovery:
                 self.book.put(signed, time.time())
             except RemoteProtocolError as error:
                 logger.info("an advert from %s is refused: %s", peer, error)
+            else:
+                if get_peer_id(signed.public_key) == peer:
+                    serving.add(peer)
 
     # -- being found --------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from daaswarm.net.pending import PendingCall
 from daaswarm.types import PeerId
 
 Answer = tuple[Reply, Sequence[Buffer]]
+"""A reply and the parts of its body, which must not change any more: they may be written later."""
 
 Handler = Callable[[PeerId, Contact | None, Request, memoryview, float], Awaitable[Answer]]
 """``(peer, its contact if it can be dialled, request, body, deadline_s)`` → (reply, body parts). Raise a
@@ -18,7 +19,8 @@ Handler = Callable[[PeerId, Contact | None, Request, memoryview, float], Awaitab
 or is gone."""
 
 FastHandler = Callable[[PeerId, Request, memoryview], Answer | None]
-"""Tried first, in trio's thread, without a task; ``None`` sends the request the :data:`Handler`'s way."""
+"""Tried first, in trio's thread, without a task; ``None`` sends the request the :data:`Handler`'s way. When many
+requests arrive at once it isn't asked for all of them, so the handler must be able to serve everything."""
 
 
 class Network(Protocol):

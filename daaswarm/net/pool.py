@@ -10,6 +10,7 @@ import trio
 
 from daaswarm.errors import (
     Busy,
+    ConfigError,
     ConnectionLost,
     DaaswarmError,
     DeadlineExceeded,
@@ -143,7 +144,11 @@ class ConnectionPool:
             Busy: the node has all the connections it may have, and none is idle.
         """
         if self._count >= CONNECTIONS:
-            self._evict()
+            try:
+                self._evict()
+            except Busy:
+                _drop(hands.carrier)
+                raise
         peer_id = hands.peer.peer_id
         connection = Connection(
             hands.carrier,
@@ -239,24 +244,32 @@ class ConnectionPool:
         async def try_address(addr: str, failed: trio.Event, scope: trio.CancelScope) -> None:
             try:
                 hands = await self._dial_address(addr, PeerId(contact.peer_id))
+            except ConfigError as error:  # in somebody's advert, not in what our user typed
+                errors.append(Unreachable(error.message))
+                failed.set()
+                return
             except DaaswarmError as error:
                 errors.append(error)
                 failed.set()
                 return
             if winners:
-                hands.carrier.shut_down()
-                hands.carrier.close()
+                _drop(hands.carrier)
             else:
                 winners.append(hands)
                 scope.cancel()
 
-        with trio.move_on_after(DIAL_S):
-            async with trio.open_nursery() as nursery:
-                for addr in contact.addrs:
-                    failed = trio.Event()
-                    nursery.start_soon(try_address, addr, failed, nursery.cancel_scope)
-                    with trio.move_on_after(STAGGER_S):
-                        await failed.wait()
+        try:
+            with trio.move_on_after(DIAL_S):
+                async with trio.open_nursery() as nursery:
+                    for addr in contact.addrs:
+                        failed = trio.Event()
+                        nursery.start_soon(try_address, addr, failed, nursery.cancel_scope)
+                        with trio.move_on_after(STAGGER_S):
+                            await failed.wait()
+        except BaseException:  # cancelled, perhaps just when one had won
+            for hands in winners:
+                _drop(hands.carrier)
+            raise
         if winners:
             return winners[0]
         if len(errors) < len(contact.addrs):
@@ -297,6 +310,11 @@ def check_peer_id(expected: PeerId | None, proven: PeerId, addr: str) -> None:
             f"{addr} answered as {proven}, not as {expected}",
             hint="the node there has a new key, or the address now belongs to another; ask for its current address",
         )
+
+
+def _drop(carrier: Carrier) -> None:
+    carrier.shut_down()
+    carrier.close()
 
 
 def _get_silent(addrs: Sequence[str], seconds: float) -> Unreachable:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 import msgspec
 
 from daaswarm import messages
-from daaswarm.errors import Busy, ConnectionLost, DaaswarmError, RemoteProtocolError
+from daaswarm.errors import Busy, ConnectionLost, RemoteProtocolError
 from daaswarm.limits import CALLS_PER_PEER, CHUNK_BYTES, WINDOW_BYTES
 from daaswarm.messages import Failure, Reply, Request
 from daaswarm.net.failures import UNSUPPORTED
@@ -30,6 +30,17 @@ from daaswarm.net.frames import (
     get_size,
 )
 from daaswarm.net.inbound import InboundBody, InboundBudget
+from daaswarm.net.transfers import (
+    CallCancelled,
+    CallFailed,
+    Event,
+    Incoming,
+    Outgoing,
+    Own,
+    ReplyReceived,
+    RequestReceived,
+    Served,
+)
 
 LAST_CALL = 2**32 - 2  # ids are u32; a connection that used them up is replaced
 CONTROL_BACKLOG = 4 * CALLS_PER_PEER  # unsent windows, cancels and refusals; more: the peer sends but never reads
@@ -38,97 +49,6 @@ BUSY_RETRY_S = 0.1  # hint that goes with a refusal for lack of room
 _encode = messages.encode
 _decode_request = cast("Callable[[bytes], Request]", messages.get_decoder(messages.Request).decode)
 _decode_reply = cast("Callable[[bytes], Reply]", messages.get_decoder(messages.Reply).decode)
-
-
-class RequestReceived(NamedTuple):
-    call: int
-    message: Request
-    body: memoryview  # writable
-    deadline_s: float
-
-
-class ReplyReceived(NamedTuple):
-    ticket: object  # what send_request was given
-    message: Reply
-    body: memoryview  # writable
-
-
-class CallFailed(NamedTuple):
-    """Our own call can't be answered any more, though the connection lives."""
-
-    ticket: object
-    error: DaaswarmError
-
-
-class CallCancelled(NamedTuple):
-    """The peer no longer waits for the answer to its call."""
-
-    call: int
-
-
-Event = RequestReceived | ReplyReceived | CallFailed | CallCancelled
-
-
-class _Outgoing:
-    """A message on its way out: the first frame's head and header, then the body in chunks."""
-
-    __slots__ = ("call", "first", "granted", "parts", "sent", "total")
-
-    def __init__(self, call: int, first: bytes, parts: list[Buffer], total: int) -> None:
-        self.call = call
-        self.first: bytes | None = first
-        self.parts = deque(parts)
-        self.total = total
-        self.sent = 0
-        self.granted = WINDOW_BYTES
-
-    def take(self, size: int) -> list[Buffer]:
-        """The next ``size`` body bytes, sliced without copying."""
-        taken: list[Buffer] = []
-        self.sent += size
-        while size:
-            part = self.parts.popleft()
-            if len(part) > size:
-                view = memoryview(part)
-                self.parts.appendleft(view[size:])
-                part = view[:size]
-            taken.append(part)
-            size -= len(part)
-        return taken
-
-
-class _Incoming(InboundBody):
-    """A body on its way in. ``body`` grows with what arrived, whatever ``total`` says."""
-
-    __slots__ = ("body", "deadline_s", "granted", "message", "total")
-
-    def __init__(self, message: Request | Reply, body: bytearray, total: int, deadline_s: float) -> None:
-        super().__init__()
-        self.message = message
-        self.body = body
-        self.total = total
-        self.deadline_s = deadline_s
-        self.granted = WINDOW_BYTES
-
-
-class _Served:
-    """A call of the peer's: charged to the node until it's answered or cancelled."""
-
-    __slots__ = ("charged", "incoming")
-
-    def __init__(self) -> None:
-        self.charged = 0
-        self.incoming: _Incoming | None = None
-
-
-class _Own:
-    """A call of ours."""
-
-    __slots__ = ("incoming", "ticket")
-
-    def __init__(self, ticket: object) -> None:
-        self.ticket = ticket
-        self.incoming: _Incoming | None = None
 
 
 class Session:
@@ -146,13 +66,13 @@ class Session:
         self._next_call = 1 if is_client else 2
         self._their_parity = 0 if is_client else 1
         self._their_last = 0
-        self._own: dict[int, _Own] = {}
-        self._served: dict[int, _Served] = {}
+        self._own: dict[int, Own] = {}
+        self._served: dict[int, Served] = {}
         self._control: deque[bytes] = deque()
-        self._ready: deque[_Outgoing] = deque()
-        self._outgoing: dict[int, _Outgoing] = {}  # all that isn't wholly sent, by call id
+        self._ready: deque[Outgoing] = deque()
+        self._outgoing: dict[int, Outgoing] = {}  # all that isn't wholly sent, by call id
         self._blocked: dict[int, int] = {}  # call id -> bytes sent, at the last has_stalled
-        self._starved: dict[int, _Incoming] = {}  # bodies whose next window the budget refused
+        self._starved: dict[int, Incoming] = {}  # bodies whose next window the budget refused
 
     @property
     def own_calls(self) -> int:
@@ -180,7 +100,7 @@ class Session:
         deadline_ms = min(max(1, int(deadline_s * 1000)), MAX_DEADLINE_MS)
         self._queue(Kind.REQUEST, call, deadline_ms, _encode(message), body)
         self._next_call = call + 2
-        self._own[call] = _Own(ticket)
+        self._own[call] = Own(ticket)
         return call
 
     def send_reply(self, call: int, message: Reply, body: Sequence[Buffer] = ()) -> None:
@@ -291,7 +211,7 @@ class Session:
             return self._refuse(call, UNSUPPORTED, f"a request that this version can't read: {error}")
         if not self._budget.add_call():
             return self._refuse(call, Busy.code, "this node serves as many calls as it can")
-        served = self._served[call] = _Served()
+        served = self._served[call] = Served()
         size = len(frame.body)
         if not self._charge(served, size):
             self._end_served(call)
@@ -299,7 +219,7 @@ class Session:
         deadline_s = frame.deadline_ms / 1000
         if size == frame.total:
             return RequestReceived(call, message, memoryview(frame.body), deadline_s)
-        served.incoming = _Incoming(message, frame.body, frame.total, deadline_s)
+        served.incoming = Incoming(message, frame.body, frame.total, deadline_s)
         return None
 
     def _on_reply(self, frame: Frame) -> Event | None:
@@ -320,7 +240,7 @@ class Session:
         if len(frame.body) == frame.total:
             del self._own[call]
             return ReplyReceived(own.ticket, message, memoryview(frame.body))
-        incoming = own.incoming = _Incoming(message, frame.body, frame.total, 0.0)
+        incoming = own.incoming = Incoming(message, frame.body, frame.total, 0.0)
         if not self._budget.charge(len(frame.body)):
             own.incoming = None
             return self._abandon(call, own)
@@ -333,7 +253,7 @@ class Session:
         if theirs:
             if call > self._their_last:
                 raise RemoteProtocolError(f"body of call {call}, which was never made")
-            holder: _Served | _Own | None = self._served.get(call)
+            holder: Served | Own | None = self._served.get(call)
         else:
             self._check_own(call)
             holder = self._own.get(call)
@@ -347,11 +267,11 @@ class Session:
             raise RemoteProtocolError(
                 f"call {call}: {got} body bytes, {incoming.total} announced, {incoming.granted} let"
             )
-        if isinstance(holder, _Served):
+        if isinstance(holder, Served):
             if not self._charge(holder, size, incoming):
                 self._end_served(call)
                 return self._refuse(call, Busy.code, "no memory left for unfinished bodies")
-        elif isinstance(holder, _Own) and not self._budget.charge(size, incoming):
+        elif isinstance(holder, Own) and not self._budget.charge(size, incoming):
             return self._abandon(call, holder)
         incoming.body += frame.body
         if got == incoming.total:
@@ -360,11 +280,11 @@ class Session:
             self._grant(call, incoming)
         return None
 
-    def _complete(self, call: int, incoming: _Incoming, holder: _Served | _Own | None) -> Event:
+    def _complete(self, call: int, incoming: Incoming, holder: Served | Own | None) -> Event:
         self._starved.pop(call, None)
         self._budget.forget(incoming)
         body = memoryview(incoming.body)
-        if isinstance(holder, _Own):
+        if isinstance(holder, Own):
             del self._own[call]
             self._budget.release(incoming.total)
             return ReplyReceived(holder.ticket, incoming.message, body)  # type: ignore[arg-type]
@@ -410,7 +330,7 @@ class Session:
         total = get_size(parts)
         check_outgoing(header, total)
         first = encode_head(kind, call, deadline_ms=deadline_ms, header_bytes=len(header), body=total) + header
-        outgoing = self._outgoing[call] = _Outgoing(call, first, parts, total)
+        outgoing = self._outgoing[call] = Outgoing(call, first, parts, total)
         self._ready.append(outgoing)
 
     def _push(self, frame: bytes) -> None:
@@ -423,14 +343,14 @@ class Session:
         header = _encode(failure)
         self._push(encode_head(Kind.REPLY, call, header_bytes=len(header)) + header)
 
-    def _abandon(self, call: int, own: _Own) -> CallFailed:
+    def _abandon(self, call: int, own: Own) -> CallFailed:
         """Give up a reply that this node has no room for."""
         self._own.pop(call)
         self._drop_incoming(call, own.incoming)
         self._push(encode_head(Kind.CANCEL, call))
         return CallFailed(own.ticket, Busy("no memory left here for unfinished bodies", retry_after_s=BUSY_RETRY_S))
 
-    def _grant(self, call: int, incoming: _Incoming) -> None:
+    def _grant(self, call: int, incoming: Incoming) -> None:
         if self._budget.may_grant(incoming, self._wake):
             self._starved.pop(call, None)
             incoming.granted += WINDOW_BYTES
@@ -438,7 +358,7 @@ class Session:
         else:
             self._starved[call] = incoming
 
-    def _charge(self, served: _Served, size: int, body: InboundBody | None = None) -> bool:
+    def _charge(self, served: Served, size: int, body: InboundBody | None = None) -> bool:
         if size and not self._budget.charge(size, body):
             return False
         served.charged += size
@@ -453,13 +373,13 @@ class Session:
         if served.charged:
             self._budget.release(served.charged)
 
-    def _drop_incoming(self, call: int, incoming: _Incoming | None) -> None:
+    def _drop_incoming(self, call: int, incoming: Incoming | None) -> None:
         if incoming is not None:
             self._starved.pop(call, None)
             self._budget.forget(incoming)
             self._budget.release(len(incoming.body))
 
-    def _drop_outgoing(self, call: int) -> _Outgoing | None:
+    def _drop_outgoing(self, call: int) -> Outgoing | None:
         outgoing = self._outgoing.pop(call, None)
         if outgoing is not None and outgoing in self._ready:
             self._ready.remove(outgoing)

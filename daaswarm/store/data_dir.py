@@ -96,18 +96,22 @@ class DataDir:
 
     def _create_key(self) -> None:
         self.create()
-        fd, name = tempfile.mkstemp(dir=self.path, prefix=".identity-")  # mode 0600 from the start
         try:
-            with os.fdopen(fd, "w", encoding="ascii") as file:
-                file.write(SigningKey.generate().encode().hex() + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            with contextlib.suppress(FileExistsError):  # another process was first: its key counts
-                os.link(name, self.key_path)
+            fd, name = tempfile.mkstemp(dir=self.path, prefix=".identity-")  # mode 0600 from the start
+            try:
+                with os.fdopen(fd, "w", encoding="ascii") as file:
+                    file.write(SigningKey.generate().encode().hex() + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                with contextlib.suppress(FileExistsError):  # another process was first: its key counts
+                    os.link(name, self.key_path)
+            finally:
+                Path(name).unlink()
         except OSError as error:
-            raise ConfigError(f"{self.key_path} can't be written: {error.strerror}", hint="free some space") from error
-        finally:
-            Path(name).unlink()
+            raise ConfigError(
+                f"{self.key_path} can't be written: {error.strerror}",
+                hint="check the folder's owner and its free space, or choose another with --data-dir",
+            ) from error
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -119,7 +123,13 @@ class DataDir:
         import fcntl
 
         self.create()
-        with self.lock_path.open("a+", encoding="ascii") as file:
+        try:
+            opened = self.lock_path.open("a+", encoding="ascii")
+        except OSError as error:
+            raise ConfigError(
+                f"{self.lock_path} can't be opened: {error.strerror}", hint="check its owner, or choose --data-dir"
+            ) from error
+        with opened as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:

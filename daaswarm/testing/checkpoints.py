@@ -20,7 +20,7 @@ _SMALL: list[tuple[str, int]] = [
     (r"^(vocab_size|unpadded_vocab_size|vocab_size_per_layer_input)$", VOCABULARY),
     (r"^ngram_vocab_size_base$", 64),
     (r"^(max_position_embeddings|model_max_length|num_position_embeddings|original_max_position_embeddings)$", 256),
-    (r"^(num_hidden_layers|depth|num_layers|encoder_layers|decoder_layers)$", LAYERS),
+    (r"^(num_hidden_layers|n_layers|depth|num_layers|encoder_layers|decoder_layers)$", LAYERS),
     (r"^(num_experts|n_routed_experts|num_local_experts|moe_num_experts)$", 8),
     (r"^(num_experts_per_tok|num_experts_per_token|moe_topk|moe_k|top_k_experts|top_k)$", 2),
     (r"^(first_k_dense_replace|num_dense_layers|topk_group|moe_layer_start_index)$", 1),
@@ -36,7 +36,7 @@ _SMALL: list[tuple[str, int]] = [
     (r"^(sliding_window|sliding_window_size|attention_chunk_size|index_block_size)$", 16),
     (r"^(chunk_size|mamba_chunk_size|block_size)$", 16),
     (r"^image_size$", 56),
-    (r"(hidden_size|embed_dim|d_model|hidden_size_per_layer_input|out_hidden_size|projection_dim|hidden_dim)$", 64),
+    (r"(hidden_size|embed_dim|d_model|per_layer_input|projection_dim|hidden_dim|adapter_in_dim)$", 64),
 ]  # fmt: skip
 _DROPPED = {"transformers_version", "dtype", "torch_dtype", "qk_head_dim", "architectures", "num_nextn_predict_layers"}
 _SPECIAL_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -38,8 +38,12 @@ def test_make_once_starts_afresh_after_an_interruption(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         make_once(tmp_path / "model", interrupted, quiet)
     assert not (tmp_path / "model").exists()
+
+    def finished(folder: Path) -> None:
+        (folder / "whole").write_text("x")
+
     (tmp_path / ".model-killed").mkdir()  # what a killed process leaves
-    make_once(tmp_path / "model", lambda folder: (folder / "whole").write_text("x") and None, quiet)
+    make_once(tmp_path / "model", finished, quiet)
     assert [p.name for p in (tmp_path / "model").iterdir()] == ["whole"]
     assert not (tmp_path / ".model-killed").exists()
 

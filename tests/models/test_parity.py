@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from daaswarm.models.experts import LayerExperts, load_experts
 from daaswarm.models.sources import LocalModel, find_model
 from daaswarm.models.trunk import load_reference, load_trunk
+from daaswarm.testing.checkpoints import make_tiny_checkpoint
 
 HOSTS = 3
 TOKENS = 32
@@ -68,7 +70,7 @@ def test_three_hosts_match_the_reference(tiny: Callable[[str], Path], tmp_path: 
     trunk, reference = load_trunk(model, "f32", experts), load_reference(model, "f32")
     assert sum(p.numel() for p in trunk.parameters()) < sum(p.numel() for p in reference.parameters())
     ids = torch.randint(3, 500, (1, 17), generator=torch.Generator().manual_seed(1))
-    length = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
+    length: Any = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
     with torch.inference_mode():
         want, got = reference(input_ids=ids).logits, trunk(input_ids=ids).logits
         assert set(calls) == set(model.layers)
@@ -96,14 +98,29 @@ def test_two_trunks_ask_their_own_hosts(tiny: Callable[[str], Path], tmp_path: P
 
 
 def test_biases_of_a_dense_ffn_are_added_once(tmp_path: Path) -> None:
-    from daaswarm.testing.checkpoints import make_tiny_checkpoint
-
     model = find_model(str(make_tiny_checkpoint("llama", tmp_path / "m", mlp_bias=True)), tmp_path)
     hosts, reference = make_hosts(model), load_reference(model, "f32")
     rows = torch.randn(5, model.hidden, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        want = reference.model.layers[1].mlp(rows)
+        want = reference.get_submodule("model.layers.1.mlp")(rows)
     torch.testing.assert_close(sum_hosts(hosts, 1, rows, None, None), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "slices"),
+    [
+        ({"intermediate_size": 97}, 1),
+        ({"intermediate_size": 100}, 5),
+        ({"intermediate_size": 64, "hidden_act": "gelu"}, 8),
+    ],
+)
+def test_sizes_that_do_not_divide(tmp_path: Path, changes: dict[str, Any], slices: int) -> None:
+    model = find_model(str(make_tiny_checkpoint("llama", tmp_path / "m", **changes)), tmp_path)
+    assert set(model.layers.values()) == {slices}
+    rows = torch.randn(2, model.hidden, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        want = load_reference(model, "f32").get_submodule("model.layers.2.mlp")(rows)
+    torch.testing.assert_close(sum_hosts(make_hosts(model), 2, rows, None, None), want, atol=1e-5, rtol=1e-5)
 
 
 def test_any_subset_of_the_held_slices(tiny: Callable[[str], Path], tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from daaswarm.limits import CALL_BODY_BYTES, CALLS_PER_PEER, CHUNK_BYTES, WINDOW
 from daaswarm.messages import ExpertReply, Failure, FindNode, Found, Ping, Pong
 from daaswarm.net.frames import HEAD_BYTES, Kind, encode_head
 from daaswarm.net.inbound import InboundBudget
-from daaswarm.net.session import CallCancelled, CallFailed, ReplyReceived, RequestReceived, Session
+from daaswarm.net.session import Session
+from daaswarm.net.transfers import CallCancelled, CallFailed, ReplyReceived, RequestReceived
 
 
 class Pair:
@@ -41,9 +42,9 @@ class Pair:
             up, down = self.move(self.client, self.server), self.move(self.server, self.client)
             at_server += up
             at_client += down
-            if not up and not down and not self.client._control and not self.server._control:
-                if not self.client._ready and not self.server._ready:
-                    return at_client, at_server
+            sessions = (self.client, self.server)
+            if not up and not down and not any(session._control or session._ready for session in sessions):
+                return at_client, at_server
 
 
 def get_frames(session: Session) -> list[bytes]:
@@ -257,3 +258,39 @@ def test_every_call_is_answered_whatever_the_order(calls, random):
         pump(pair.server, pair.client, random.randint(1, 4))
     assert answered == sent
     assert pair.budget.used_bytes == 0
+
+
+HEADERS = [messages.encode(Ping()), messages.encode(get_call()), messages.encode(Pong()), b"\xc1", b"\x90" * 40]
+
+
+@st.composite
+def any_frames(draw) -> bytes:
+    """Well-formed frames without any sense between them."""
+    kind = draw(st.sampled_from(list(Kind)[1:]))
+    header = draw(st.sampled_from(HEADERS)) if kind in (Kind.REQUEST, Kind.REPLY) else b""
+    body = draw(st.sampled_from([b"", b"x", bytes(3000)])) if kind < Kind.WINDOW else b""
+    total = draw(st.sampled_from([1, WINDOW_BYTES])) if kind is Kind.WINDOW else len(body)
+    deadline_ms = 5 if kind is Kind.REQUEST else 0
+    call = draw(st.integers(1, 8))
+    return encode_head(kind, call, deadline_ms=deadline_ms, header_bytes=len(header), body=total) + header + body
+
+
+@settings(deadline=None)
+@given(st.lists(any_frames(), max_size=15))
+def test_no_sequence_of_frames_raises_anything_else_or_leaks(frames):
+    pair = Pair()
+    for number in range(3):
+        pair.server.send_request(number, Ping(), (), 5)
+    events: list = []
+    try:
+        for frame in frames:
+            pair.server.receive(frame, events)
+            for event in list(events):
+                if isinstance(event, RequestReceived):
+                    pair.server.send_reply(event.call, Pong())
+            get_frames(pair.server)
+    except RemoteProtocolError:
+        pass
+    finished = [event for event in events if isinstance(event, ReplyReceived | CallFailed)]
+    assert len(finished) + len(pair.server.close()) == 3  # every call of ours ends exactly once
+    assert pair.budget.used_bytes == pair.budget.reserved_bytes == pair.budget.calls == 0
