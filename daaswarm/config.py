@@ -164,10 +164,10 @@ def convert(key: str, value: object, *, source: str) -> Any:
         converted = msgspec.convert(value, kind, strict=source.endswith(".toml"))
     except msgspec.ValidationError as error:
         raise ConfigError(f"{source}: {key} = {value!r} is not valid: {error}", hint="") from error
-    if isinstance(converted, float) and not math.isfinite(converted):  # NaN passes every comparison with a bound
-        raise ConfigError(f"{source}: {key} = {value!r} is not valid: not a number", hint="")
     if key == "host.memory":
         parse_bytes(converted, option=f"{source}: {key}")
+    elif isinstance(converted, float) and not math.isfinite(converted):  # NaN passes every comparison with a bound
+        raise ConfigError(f"{source}: {key} = {value!r} is not valid: not a number", hint="")
     return converted
 
 

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from daaswarm.inference.requester import Requester
     from daaswarm.net.frames import Buffer
 
+LIBP2P_S = 15.0  # a second of imports, on a busy machine; then the node is ready without it
 PROGRESS_S = 0.1  # between two progress events of one task
 SAVE_CONTACTS_S = 30.0  # how much of the address book a crash may cost
 
@@ -69,6 +70,7 @@ class SwarmCoordinator:
         self.discovery = discovery
         self.started_at = time.time()
         self.has_bootstrap = False
+        self.libp2p_settled = trio.Event()  # it runs, or won't
         self._experts: ExpertService | None = None
         self._requester: Requester | None = None
 
@@ -101,6 +103,11 @@ class SwarmCoordinator:
         if isinstance(message, Reopen):
             raise ExpertError("this host keeps no chain of past calls")
         raise RemoteProtocolError(f"{type(message).__name__} is not answered by a node", reject=False)
+
+    async def wait_for_libp2p(self) -> None:
+        """Until libp2p peers can connect too: what ``ready`` promises."""
+        with trio.move_on_after(LIBP2P_S):
+            await self.libp2p_settled.wait()
 
     # -- joining ------------------------------------------------------------------------------------------------
 
@@ -173,6 +180,7 @@ class SwarmCoordinator:
         experts.add(hosted)
         try:
             self.advertise(model)
+            await self.wait_for_libp2p()
             await emit(
                 {
                     "event": "ready",
@@ -437,7 +445,9 @@ async def open_node(
         nursery = await stack.enter_async_context(trio.open_nursery())
         await nursery.start(discovery.run)
         if libp2p and config.network.libp2p:
-            nursery.start_soon(run_libp2p, network, identity, handle, handle_inline, budget)
+            nursery.start_soon(run_libp2p, coordinator, identity, handle, handle_inline, budget)
+        else:
+            coordinator.libp2p_settled.set()
         try:
             yield coordinator
         finally:
@@ -445,19 +455,21 @@ async def open_node(
 
 
 async def run_libp2p(
-    network: TcpNetwork, identity: Identity, handle: Handler, handle_inline: FastHandler, budget: InboundBudget
+    node: SwarmCoordinator, identity: Identity, handle: Handler, handle_inline: FastHandler, budget: InboundBudget
 ) -> None:
     """The same node for libp2p peers and browsers. If libp2p fails, that costs them, not the node."""
     from daaswarm.net.libp2p_host import open_libp2p_host
 
     try:
         async with open_libp2p_host(identity, handler=handle, fast_handler=handle_inline, budget=budget) as running:
-            network.splicer.targets.update(running.targets)
+            node.network.splicer.targets.update(running.targets)
+            node.libp2p_settled.set()
             await trio.sleep_forever()
     except Exception as error:  # noqa: BLE001 - whatever py-libp2p raises
-        logger.warning("libp2p peers can't connect any more: %s", error)
+        logger.warning("libp2p peers can't connect: %s", error)
     finally:
-        network.splicer.targets.clear()
+        node.network.splicer.targets.clear()
+        node.libp2p_settled.set()
 
 
 async def run_node(data_dir: DataDir, config: Config, emit: Emit, *, host: Event | None = None) -> None:
@@ -477,6 +489,7 @@ async def run_node(data_dir: DataDir, config: Config, emit: Emit, *, host: Event
                 if host is not None:
                     await node.host({**host, "bootstrap": []}, emit)
                 else:
+                    await node.wait_for_libp2p()
                     await emit(
                         {
                             "event": "ready",

@@ -141,6 +141,11 @@ async def _serve_client(stream: trio.SocketStream, handler: ControlHandler, limi
                 except DaaswarmError as error:
                     with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                         await emit({**describe_error(error), "exit_code": get_exit_code(error)})
+                except Exception as error:  # a bug ends this one request; the node and its other clients go on
+                    logger.exception("control socket: %s failed", asked.method)
+                    failed = DaaswarmError(f"the node failed: {error!r}", hint="its output says more; report it")
+                    with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                        await emit({**describe_error(failed), "exit_code": get_exit_code(failed)})
                 nursery.cancel_scope.cancel()
     finally:
         limiter.release()

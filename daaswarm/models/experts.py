@@ -75,6 +75,8 @@ class LayerExperts:
         """Move the weights to a device, in place."""
         if self._moe is not None:
             self._moe.module.to(device)
+            if not self._moe.own:
+                self._moe.bind()
         if self._dense is not None:
             for name, value in vars(self._dense).items():
                 if isinstance(value, Tensor):
@@ -96,11 +98,28 @@ class MoeExperts:
         self.place = {number: i for i, number in enumerate(ids)}
         module_type: Any = type(module)
         self._forward: Callable[..., Tensor] = getattr(module_type.forward, "__wrapped__", module_type.forward)
-        self._first: Any = module.gate_up_proj if module.has_gate else module.up_proj
-        self._first_bias: Any = None
+        try:
+            self.bind()
+            self.own = not self._agrees()
+        except (AttributeError, RuntimeError, TypeError):  # a class that follows the interface only in part
+            self.own = True
+
+    def bind(self) -> None:
+        """Take each expert's matrices out of the module, once: indexing costs as much as a small product."""
+        module = self.module
+        count = len(self.ids)
+        first, down = (module.gate_up_proj if module.has_gate else module.up_proj), module.down_proj
+        if module.is_transposed:
+            first, down = first.transpose(1, 2), down.transpose(1, 2)
+        self._first: list[Tensor] = list(first.unbind(0))
+        self._down: list[Tensor] = list(down.unbind(0))
+        self._first_bias: list[Tensor | None] = [None] * count
+        self._down_bias: list[Tensor | None] = [None] * count
         if module.has_bias:
-            self._first_bias = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
-        self._own = not self._agrees()
+            self._first_bias = list((module.gate_up_proj_bias if module.has_gate else module.up_proj_bias).unbind(0))
+            self._down_bias = list(module.down_proj_bias.unbind(0))
+        self._gate: Callable[[Tensor], Tensor] = module._apply_gate if module.has_gate else module.act_fn
+        self._norm: Callable[[Tensor], Tensor] | None = module.post_expert_norm if module.has_post_expert_norm else None
 
     def compute(self, rows: Tensor, row_index: Tensor, expert_index: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
@@ -129,22 +148,15 @@ class MoeExperts:
 
     def _apply(self, rows: Tensor, place: int) -> Tensor:
         """One expert on (n, hidden) rows, unweighted."""
-        if self._own:
+        if self.own:
             index = torch.full((rows.shape[0], 1), place, dtype=torch.int64, device=rows.device)
             return self._forward(self.module, rows, index, torch.ones_like(index, dtype=rows.dtype))
         return self._formula(rows, place)
 
     def _formula(self, rows: Tensor, place: int) -> Tensor:
-        module = self.module
-        first, down = self._first[place], module.down_proj[place]
-        first_bias = None if self._first_bias is None else self._first_bias[place]
-        down_bias = module.down_proj_bias[place] if module.has_bias else None
-        if module.is_transposed:
-            first, down = first.t(), down.t()
-        h = functional.linear(rows, first, first_bias)
-        h = module._apply_gate(h) if module.has_gate else module.act_fn(h)
-        y = functional.linear(h, down, down_bias)
-        return module.post_expert_norm(y) if module.has_post_expert_norm else y
+        h = self._gate(functional.linear(rows, self._first[place], self._first_bias[place]))
+        y = functional.linear(h, self._down[place], self._down_bias[place])
+        return y if self._norm is None else self._norm(y)
 
     @torch.inference_mode()
     def _agrees(self) -> bool:
@@ -152,10 +164,7 @@ class MoeExperts:
         hidden = down.shape[2] if self.module.is_transposed else down.shape[1]
         rows = torch.randn(3, hidden, generator=torch.Generator().manual_seed(0)).to(down.dtype)
         place = len(self.ids) - 1
-        try:
-            got = self._formula(rows, place).float()
-        except (AttributeError, RuntimeError, TypeError):
-            return False
+        got = self._formula(rows, place).float()
         index = torch.full((3, 1), place, dtype=torch.int64)
         want = self._forward(self.module, rows, index, torch.ones_like(index, dtype=down.dtype)).float()
         return bool((got - want).abs().max() <= _OWN_FORWARD_TOLERANCE[down.dtype] * want.abs().max())

@@ -2,124 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import hashlib
 import logging
-import os
 import socket
-import ssl
 
 import psutil
 import pytest
 import trio
-from net_helpers import SWARM, get_call, get_identity, serve
+from net_helpers import get_call, get_identity, serve
 
 from daaswarm import messages
-from daaswarm.core.signing import get_handshake_payload
 from daaswarm.errors import ConfigError, PeerIdMismatch, RemoteProtocolError, Unreachable
-from daaswarm.limits import CALL_BODY_BYTES, CHUNK_BYTES, CONTROL_BYTES
-from daaswarm.messages import ExpertReply, Hello, Ping, Prove
+from daaswarm.messages import ExpertReply
 from daaswarm.net.dataplane import open_tcp_network
-from daaswarm.net.frames import Kind, encode_handshake, encode_head
 from daaswarm.net.handshake import Identity
-from daaswarm.net.tls import create_tls_contexts
+from daaswarm.testing.attacker import Attacker
 
 ATTACKER = get_identity(66)
-PING = messages.encode(Ping())
-CALL = messages.encode(get_call())
-
-
-def get_proof(der: bytes, hello: Hello, server: str, **changes) -> bytes:
-    payload = get_handshake_payload(
-        hashlib.sha256(der).digest(), hello.nonce, SWARM, server, changes.pop("claim", ATTACKER.peer_id)
-    )
-    fields = {"public_key": ATTACKER.public_key, "signature": ATTACKER.key.sign(payload).signature}
-    return encode_handshake(messages.encode(Prove(**(fields | changes))))
-
-
-RAW = [b"", b"\x00" * 50, b"GET / HTTP/1.1\r\n\r\n", b"\x13/multistream/1.0.0\n", b"\x16\x03\x01" + b"\xff" * 200]
-BEFORE_PROOF = [
-    b"\x00" * 100,
-    encode_head(Kind.HANDSHAKE, 0, header_bytes=CONTROL_BYTES),
-    encode_head(Kind.REQUEST, 1, deadline_ms=9, header_bytes=len(PING)) + PING,
-    encode_handshake(b"\xc1 not msgpack"),
-    encode_handshake(messages.encode(Hello(nonce=bytes(32), swarm=bytes(32)))),
-    encode_handshake(messages.encode(messages.Failure(code="x", message="y"))),
-    encode_handshake(b"\x00"),
-]
-BAD_PROOFS = [
-    {"signature": bytes(64)},
-    {"public_key": bytes(32)},
-    {"claim": get_identity(67).peer_id},
-    {"version": 99},
-    {"contact": messages.Contact(peer_id=get_identity(67).peer_id, addrs=[])},
-]
-AFTER_PROOF = [
-    os.urandom(2000),
-    encode_head(Kind.REQUEST, 1, deadline_ms=9, header_bytes=CONTROL_BYTES + 1),
-    encode_head(Kind.REQUEST, 1, deadline_ms=9, header_bytes=len(CALL), body=CALL_BODY_BYTES) + CALL,  # then hangs up
-    encode_head(Kind.BODY, 1, body=CHUNK_BYTES + 1),
-    encode_head(Kind.BODY, 1, body=5) + b"x",
-    encode_head(Kind.REQUEST, 2, deadline_ms=9, header_bytes=len(PING)) + PING,
-    encode_head(Kind.REPLY, 2, header_bytes=len(PING)) + PING,
-    encode_head(Kind.REQUEST, 1, deadline_ms=9, header_bytes=5) + b"junk!" + encode_head(Kind.CANCEL, 9),
-    encode_handshake(b"again"),
-]
-
-
-class Attacker:
-    """A blocking client that says anything; for a worker thread."""
-
-    def __init__(self, port: int, server: str) -> None:
-        self.port = port
-        self.server = server
-        self.context = create_tls_contexts(ATTACKER.key).client
-
-    def send_raw(self, data: bytes) -> None:
-        with socket.create_connection(("127.0.0.1", self.port), 10) as sock:
-            sock.sendall(data)
-            with contextlib.suppress(OSError):  # the node has hung up already
-                sock.shutdown(socket.SHUT_WR)
-            self.drain(sock)
-
-    def send_tls(self, data: bytes | None, proof: dict | None = None) -> bytes:
-        """Up to the server's hanging up; what it said last. ``proof`` None: send ``data`` instead of one."""
-        with (
-            socket.create_connection(("127.0.0.1", self.port), 10) as sock,
-            self.context.wrap_socket(sock, suppress_ragged_eofs=True) as tls,
-        ):
-            head = tls.recv(16)
-            hello = messages.get_decoder(messages.Handshake).decode(tls.recv(int.from_bytes(head[8:12], "big")))
-            try:
-                if proof is not None:
-                    tls.sendall(get_proof(tls.getpeercert(True) or b"", hello, self.server, **proof))
-                if data:
-                    tls.sendall(data)
-                socket.socket.shutdown(tls, socket.SHUT_WR)  # its own would forget the keys
-            except OSError:
-                pass  # the node has hung up already
-            return self.drain(tls)
-
-    def drain(self, sock) -> bytes:
-        said = b""
-        try:
-            while data := sock.recv(65536):
-                said += data
-        except (ConnectionError, ssl.SSLError):
-            pass  # hung up without a goodbye
-        return said
-
-    def attack(self, rounds: int) -> None:
-        for _ in range(rounds):
-            for data in RAW:
-                self.send_raw(data)
-            for data in BEFORE_PROOF:
-                self.send_tls(data)
-            for proof in BAD_PROOFS:
-                self.send_tls(None, dict(proof))
-            for data in AFTER_PROOF:
-                self.send_tls(data, {})
 
 
 async def test_the_listener_survives_strangers(caplog):
@@ -129,7 +28,7 @@ async def test_the_listener_survives_strangers(caplog):
         open_tcp_network(get_identity(2), handler=serve, listen=[]) as good,
     ):
         assert node.contact is not None
-        attacker = Attacker(node.listen_addresses[0].port, node.peer_id)
+        attacker = Attacker(ATTACKER, node.listen_addresses[0].port, node.peer_id)
         await good.connect(node.contact)
         await trio.to_thread.run_sync(attacker.attack, 1)
         caplog.clear()
@@ -152,7 +51,7 @@ async def test_the_listener_survives_strangers(caplog):
 
 async def test_a_refused_proof_is_told_why():
     async with open_tcp_network(get_identity(1), handler=serve) as node:
-        attacker = Attacker(node.listen_addresses[0].port, node.peer_id)
+        attacker = Attacker(ATTACKER, node.listen_addresses[0].port, node.peer_id)
         said = await trio.to_thread.run_sync(attacker.send_tls, None, {"signature": bytes(64)})
         assert b"bad_proof" in said
         said = await trio.to_thread.run_sync(attacker.send_tls, None, {"version": 99})

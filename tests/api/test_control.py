@@ -1,0 +1,190 @@
+"""The control socket, over a real one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import sys
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from daaswarm.api import control
+from daaswarm.api.control import Emit, RemoteError, is_running, request, serve_control
+from daaswarm.errors import ConfigError, NoPeerCouldServe, Offline
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import ExceptionGroup
+
+
+class Node:
+    """What answers: a handler with one method for each case."""
+
+    def __init__(self) -> None:
+        self.started = trio.Event()
+        self.cancelled = trio.Event()
+
+    async def handle(self, method: str, params: dict[str, Any], emit: Emit) -> dict[str, Any]:
+        if method == "count":
+            for n in range(params["to"]):
+                await emit({"event": "n", "n": n})
+            return {"done": params["to"]}
+        if method == "wait":
+            self.started.set()
+            try:
+                await emit({"event": "waiting"})
+                await trio.sleep_forever()
+            finally:
+                self.cancelled.set()
+        if method == "grouped":
+            raise ExceptionGroup("", [NoPeerCouldServe("nobody", hint="wait", missing={3: [0, 1]}, text="so far")])
+        if method == "bug":
+            return {"x": params["missing"]}
+        raise ConfigError(f"unknown method {method!r}", hint="none")
+
+
+@asynccontextmanager
+async def serving(path: Path) -> AsyncIterator[Node]:
+    node = Node()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_control, path, node.handle)
+        yield node
+        nursery.cancel_scope.cancel()
+
+
+async def ask(path: Path, method: str, params: dict[str, Any]) -> list[dict[str, Any]]:
+    async with aclosing(request(path, method, params)) as events:
+        return [event async for event in events]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "control.sock"
+
+
+async def test_events_then_the_result(path: Path) -> None:
+    async with serving(path):
+        assert is_running(path)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert await ask(path, "count", {"to": 3}) == [
+            *({"event": "n", "n": n} for n in range(3)),
+            {"result": {"done": 3}},
+        ]
+        assert len(await ask(path, "count", {"to": 3, "text": "ü" * 300_000})) == 4  # longer than one read
+    assert not path.exists() and not is_running(path)
+
+
+async def test_an_error_comes_over_as_it_was(path: Path) -> None:
+    async with serving(path):
+        with pytest.raises(RemoteError, match="unknown method 'x'") as info:
+            await ask(path, "x", {})
+        assert info.value.exit_code == 2 and info.value.hint == "none"
+        assert info.value.described == {
+            "error": {"code": "bad_input", "message": "unknown method 'x'", "hint": "none"}
+        }
+        with pytest.raises(RemoteError) as info:
+            await ask(path, "grouped", {})
+        assert info.value.exit_code == 3
+        assert info.value.described["text"] == "so far" and info.value.described["missing"] == {"3": [0, 1]}
+
+
+async def test_a_bug_ends_one_request_and_not_the_node(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(path):
+        with pytest.raises(RemoteError, match="KeyError") as info:
+            await ask(path, "bug", {})
+        assert info.value.exit_code == 1
+        assert "Traceback" in caplog.text
+        assert len(await ask(path, "count", {"to": 1})) == 2
+
+
+async def test_a_client_that_goes_away_cancels_what_it_asked_for(path: Path) -> None:
+    async with serving(path) as node:
+        async with aclosing(request(path, "wait", {})) as events:
+            assert await events.__anext__() == {"event": "waiting"}
+        with trio.fail_after(5):
+            await node.cancelled.wait()
+        assert len(await ask(path, "count", {"to": 1})) == 2
+
+
+async def test_a_client_that_never_reads_holds_up_only_itself(path: Path) -> None:
+    async with serving(path):
+        async with await trio.open_unix_socket(os.fspath(path)) as stream:
+            await stream.send_all(b'{"method": "count", "params": {"to": 100000}}\n')
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            assert len(await ask(path, "count", {"to": 1})) == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"garbage\n",
+        b"\xff\xff\n",
+        b"[]\n",
+        b"{}\n",
+        b'{"method": 1}\n',
+        b'{"method": "count", "params": []}\n',
+        b"\n",
+        b"[" * 100_000 + b"\n",
+        b"no end",
+        b"",
+    ],
+)
+async def test_a_garbage_line_ends_that_client(path: Path, line: bytes) -> None:
+    async with serving(path):
+        async with await trio.open_unix_socket(os.fspath(path)) as stream:
+            await stream.send_all(line)
+            await stream.send_eof()
+            with trio.fail_after(5):
+                assert await stream.receive_some() == b""
+        assert len(await ask(path, "count", {"to": 1})) == 2
+
+
+async def test_a_line_that_never_ends_and_a_client_that_says_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "LINE_BYTES", 100_000)
+    monkeypatch.setattr(control, "REQUEST_S", 0.05)
+    async with serving(path):
+        for data in (b"x" * 200_000, b""):
+            async with await trio.open_unix_socket(os.fspath(path)) as stream:
+                with trio.fail_after(5):
+                    try:
+                        await stream.send_all(data)
+                        assert await stream.receive_some() == b""
+                    except trio.BrokenResourceError:
+                        pass  # it hung up before all was sent
+        assert len(await ask(path, "count", {"to": 1})) == 2
+
+
+async def test_a_stale_socket_file_is_replaced(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(os.fspath(path))
+    assert path.exists() and not is_running(path)
+    async with serving(path):
+        assert is_running(path)
+
+
+async def test_where_there_is_no_node(path: Path) -> None:
+    assert not is_running(path)
+    with pytest.raises(Offline, match="doesn't answer"):
+        await ask(path, "count", {})
+    path.write_text("a file")
+    assert not is_running(path)
+
+
+async def test_a_node_that_stops_in_between(path: Path) -> None:
+    async with serving(path):
+        events = request(path, "wait", {})
+        await events.__anext__()
+    with pytest.raises(Offline, match="stopped before"):
+        await events.__anext__()
+
+
+async def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="control socket"):
+        await serve_control(tmp_path / "missing" / "control.sock", Node().handle)
