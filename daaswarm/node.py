@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -20,6 +21,7 @@ import trio
 from daaswarm import __version__
 from daaswarm.api.control import serve_control
 from daaswarm.config import Config, get_cache_dir
+from daaswarm.core.adverts import choose_dtype
 from daaswarm.core.placement import choose_experts
 from daaswarm.core.signing import get_swarm_id
 from daaswarm.errors import (
@@ -37,10 +39,11 @@ from daaswarm.net.handshake import Identity
 from daaswarm.net.inbound import InboundBudget
 from daaswarm.net.network import FastHandler, Handler
 from daaswarm.store.data_dir import DataDir
-from daaswarm.types import ExpertId, PeerId, parse_range
+from daaswarm.types import Dtype, ExpertId, PeerId, parse_range
 
 if TYPE_CHECKING:
     from daaswarm.experts.service import ExpertService
+    from daaswarm.inference.generation import Prompt
     from daaswarm.inference.plan import HostPlan
     from daaswarm.inference.requester import Requester
     from daaswarm.net.frames import Buffer
@@ -73,6 +76,7 @@ class SwarmCoordinator:
         self.libp2p_settled = trio.Event()  # it runs, or won't
         self._experts: ExpertService | None = None
         self._requester: Requester | None = None
+        self._importing = trio.Lock()
 
     @property
     def peer_id(self) -> PeerId:
@@ -127,7 +131,7 @@ class SwarmCoordinator:
             try:
                 reached.append(await self.network.connect_addr(address))
             except DaaswarmError as error:  # also Busy, or lost in the handshake: another address may do
-                refused.append(f"{address}: {error.message}")
+                refused.append(error.message if address in error.message else f"{address}: {error.message}")
 
         async with trio.open_nursery() as nursery:
             for address in addresses:
@@ -166,6 +170,7 @@ class SwarmCoordinator:
         Raises:
             ConfigError: a bad model or range.
         """
+        await trio.to_thread.run_sync(import_module, "daaswarm.experts.loading", abandon_on_cancel=True)
         from daaswarm.experts.loading import load_hosted
 
         await self.bootstrap(params["bootstrap"])
@@ -271,43 +276,42 @@ class SwarmCoordinator:
             NoPeerCouldServe: experts without a live host.
             ConfigError: a bad prompt, model or address.
         """
-        from daaswarm.inference.generation import Prompt
-        from daaswarm.inference.swarm_experts import Stopped
-
-        prompt = Prompt(
-            text=params["prompt"],
-            system=params["system"],
-            raw=params["raw"],
-            max_tokens=params["max_tokens"],
-            temperature=params["temperature"],
-            top_p=params["top_p"],
-            seed=params["seed"],
-            stop=params["stop"],
-        )
+        if not params["prompt"].strip():
+            raise ConfigError("the prompt is empty", hint='write it like: daaswarm infer "What is a hash table?"')
         await self.bootstrap(params["bootstrap"])
-        embedded = params["embedded"]
+        model = await self.find_model(params["model"], emit)
+        embedded, dtype = params["embedded"], params["dtype"]
         if embedded is None and not self.has_bootstrap and self._experts is None and not self.discovery.get_known():
             embedded = self.config.infer.embedded_hosts
             text = f"no bootstrap address is configured or given: running --embedded {embedded} (hosts on this machine)"
             await emit({"event": "message", "text": text})
-        model = await self.find_model(params["model"], emit)
-        requester = self.get_requester()
         async with AsyncExitStack() as stack:
+            nursery = await stack.enter_async_context(trio.open_nursery())
             if embedded is not None:
-                await stack.enter_async_context(self.run_embedded(model, embedded, params["dtype"] or "f32", emit))
-            plan = await self.find_hosts(model, params["dtype"])
+                dtype = dtype or "f32"
+                nursery.start_soon(self.prepare, model, dtype, emit)  # while the hosts start
+                await stack.enter_async_context(self.run_embedded(model, embedded, dtype, emit))
+            else:
+                nursery.start_soon(self.get_requester)  # seconds of imports, while hosts are looked for
+            plan = await self.find_hosts(model, dtype)
             plan.check_complete(model.name)
             await self.connect_hosts(plan)
+            requester = await self.get_requester()
             trunk = await requester.load(model, plan.dtype, make_progress(emit))
-            try:
-                result = await requester.answer(model, trunk, plan, prompt, emit)
-            except Stopped as error:
-                raise DaaswarmError("the answer was stopped") from error
+            result = await requester.answer(model, trunk, plan, make_prompt(params), emit)
         return {**result, "embedded": embedded is not None}
 
-    async def find_hosts(self, model: LocalModel, dtype: Any) -> HostPlan:
-        """Who serves the model now."""
-        return await self.get_requester().find_hosts(model, dtype)
+    async def prepare(self, model: LocalModel, dtype: Dtype, emit: Emit) -> None:
+        """Have the trunk in memory before it is needed."""
+        requester = await self.get_requester()
+        await requester.load(model, dtype, make_progress(emit))
+
+    async def find_hosts(self, model: LocalModel, dtype: Dtype | None) -> HostPlan:
+        """Who serves the model now, in one dtype."""
+        from daaswarm.inference.plan import make_plan
+
+        known = await self.discovery.find_adverts(model.root)
+        return make_plan(model, known, choose_dtype(known, dtype, model.layers))
 
     async def connect_hosts(self, plan: HostPlan) -> None:
         """Have a live connection to each host before the model's thread needs it."""
@@ -338,23 +342,26 @@ class SwarmCoordinator:
             swarm=self.config.network.swarm,
             dtype=dtype,
             across=False,
-            threads=self.config.host.threads,
+            threads=self.config.host.threads or max(1, (os.cpu_count() or 1) // count),
         ) as hosts:
             await emit({"event": "embedded", "hosts": [{"peer_id": h.peer_id, "addrs": h.addrs} for h in hosts]})
             yield
 
-    def get_requester(self) -> Requester:
-        if self._requester is None:
-            from daaswarm.inference.requester import Requester
+    async def get_requester(self) -> Requester:
+        """The part that asks; importing it takes seconds, in a thread."""
+        async with self._importing:
+            if self._requester is None:
+                await trio.to_thread.run_sync(import_module, "daaswarm.inference.requester", abandon_on_cancel=True)
+                from daaswarm.inference.requester import Requester
 
-            self._requester = Requester(
-                self.network,
-                self.discovery.find_adverts,
-                call_timeout_s=self.config.infer.call_timeout_s,
-                local=self._compute_locally,
-                threads=self.config.infer.threads,
-            )
-        return self._requester
+                self._requester = Requester(
+                    self.network,
+                    self.find_hosts,
+                    call_timeout_s=self.config.infer.call_timeout_s,
+                    local=self._compute_locally,
+                    threads=self.config.infer.threads,
+                )
+            return self._requester
 
     def _compute_locally(self, call: ExpertCall, body: memoryview) -> tuple[Any, Sequence[Any]]:
         return self.get_experts().compute(call, body)
@@ -522,6 +529,22 @@ def make_progress(emit: Emit) -> Callable[[str, int, int], None]:
         trio.from_thread.run(emit, {"event": "progress", "what": what, "done": done, "total": total})
 
     return progress
+
+
+def make_prompt(params: Event) -> Prompt:
+    """The part of an ``infer`` request that generation needs."""
+    from daaswarm.inference.generation import Prompt
+
+    return Prompt(
+        text=params["prompt"],
+        system=params["system"],
+        raw=params["raw"],
+        max_tokens=params["max_tokens"],
+        temperature=params["temperature"],
+        top_p=params["top_p"],
+        seed=params["seed"],
+        stop=params["stop"],
+    )
 
 
 def get_own_key(peer_id: PeerId) -> bytes:

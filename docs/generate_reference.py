@@ -142,14 +142,16 @@ def _get_default(command: str, param: Any) -> str:
     if param.envvar:
         return f"environment `{param.envvar}`"
     if getattr(param, "is_flag", False):
-        return f"`{param.opts[0]}`" if param.default and param.secondary_opts else "off"
+        if param.secondary_opts:
+            return f"`{(param.opts if param.default else param.secondary_opts)[0]}`"
+        return "on" if param.default else "off"
     return f"`{param.default}`" if param.default not in (None, []) else "none"
 
 
 def make_config() -> str:
     """``config.md``: every setting with type, bounds and default."""
     parts = [GENERATED, "# Settings", _join(
-        "Settings are read from `config.toml` in the data directory (`daaswarm config path` says where), and overridden",
+        "Settings are read from `config.toml` in the data directory (`daaswarm config path` says where), overridden",
         "by the environment, and that by flags. A setting `network.listen` has the variable `DAASWARM_NETWORK_LISTEN`.",
         "In a variable, a list is written with commas. An unknown name or a bad value is an error that names the file",
         "(or variable, or flag) and the setting; the exit code is 2.",
@@ -264,7 +266,7 @@ def main(arguments: list[str]) -> int:
     if arguments == ["--check"]:
         stale = get_stale()
         if stale:
-            print(f"stale: {', '.join(stale)}; run python docs/generate_reference.py", file=sys.stderr)
+            sys.stderr.write(f"stale: {', '.join(stale)}; run python docs/generate_reference.py\n")
         return 1 if stale else 0
     for name, make in FILES.items():
         (REFERENCE / name).write_text(make(), "utf-8")

@@ -82,5 +82,5 @@ echo
 tail -n 1 "$folder/ask.log"
 echo
 echo "exit code       $code (0: the other replica did the rest)"
-echo "retries         how many calls were repeated on it; 0 when the killed host had none in flight"
+echo "                retries counts the calls that were repeated; 0 if the killed host had none in flight"
 exit "$code"

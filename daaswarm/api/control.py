@@ -112,8 +112,11 @@ def _remove(path: Path) -> None:
 
 
 async def _serve_client(stream: trio.SocketStream, handler: ControlHandler, limiter: trio.Semaphore) -> None:
+    turn = trio.Lock()  # several tasks of one request may report at the same time
+
     async def emit(event: dict[str, Any]) -> None:
-        await stream.send_all(msgspec.json.encode(event) + b"\n")
+        async with turn:
+            await stream.send_all(msgspec.json.encode(event) + b"\n")
 
     async def watch(scope: trio.CancelScope) -> None:
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):

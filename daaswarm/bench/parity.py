@@ -74,14 +74,20 @@ async def run_parity(
         reference = await trio.to_thread.run_sync(load_reference, model, dtype)
         ids = encode(model, reference.config.get_text_config().vocab_size, PROMPT)
         await emit({"event": "message", "text": f"starting {hosts} hosts for {model.name} …"})
-        await stack.enter_async_context(
-            run_embedded_hosts(
-                str(model.folder), model.kind, model.layers, count=hosts, bootstrap=node.addrs,
-                swarm=config.network.swarm, dtype=dtype, across=across, threads=config.host.threads,
-            )
-        )  # fmt: skip
-        requester = node.get_requester()
-        plan = await requester.find_hosts(model, dtype)
+        embedded = run_embedded_hosts(
+            str(model.folder),
+            model.kind,
+            model.layers,
+            count=hosts,
+            bootstrap=node.addrs,
+            swarm=config.network.swarm,
+            dtype=dtype,
+            across=across,
+            threads=config.host.threads or max(1, cores // hosts),
+        )
+        await stack.enter_async_context(embedded)
+        requester = await node.get_requester()
+        plan = await node.find_hosts(model, dtype)
         plan.check_complete(model.name)
         await node.connect_hosts(plan)
         trunk = await requester.load(model, dtype, lambda what, done, total: None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 from typing import Annotated
 
@@ -54,7 +55,15 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character must not end an answer
-    sys.exit(run(sys.argv[1:]))
+    # Waiting threads of OpenMP must sleep, not spin: requester and hosts may share the cores, and then a spinning
+    # team was measured to slow the others down four times. libgomp reads this when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    code = run(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is closed by now. Tearing down torch's modules one by one takes over a second, and a thread that was
+    # left behind (a download that was interrupted) must not hold the prompt back.
+    os._exit(code)
 
 
 def run(arguments: list[str]) -> int:

@@ -40,11 +40,11 @@ def split_evenly(layers: dict[int, int], hosts: int, *, across: bool) -> list[tu
     """Which (layers, experts) each of ``hosts`` hosts serves; ``None``: all experts of those layers.
 
     ``across`` cuts every layer over all hosts (they compute at the same time); otherwise each host has whole
-    layers (one call a layer).
+    layers (one call a layer), unless there are fewer layers than hosts.
     """
     numbers = sorted(layers)
     fewest = min(layers.values())
-    if across and fewest >= hosts:
+    if (across or len(numbers) < hosts) and fewest >= hosts:
         most = max(layers.values())
         bounds = [most * i // hosts for i in range(hosts + 1)]
         return [(numbers, list(range(a, b))) for a, b in itertools.pairwise(bounds)]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from daaswarm.core.adverts import format_missing, get_missing
+from daaswarm.core.adverts import Known, format_missing, get_missing
 from daaswarm.errors import NoPeerCouldServe
 from daaswarm.messages import Contact
+from daaswarm.models.sources import LocalModel
 from daaswarm.types import Dtype, ExpertId, ModelRoot, PeerId
 
 
@@ -51,3 +52,20 @@ class HostPlan:
             hint="start daaswarm host-expert for them, or run with --embedded 3",
             missing=missing,
         )
+
+
+def make_plan(model: LocalModel, known: list[Known], dtype: Dtype) -> HostPlan:
+    """What believed adverts mean for one model; experts that the model doesn't have are left out."""
+    holders: dict[ExpertId, list[PeerId]] = {}
+    contacts: dict[PeerId, Contact] = {}
+    for item in known:
+        advert = item.advert
+        if advert.dtype != dtype or advert.kind != model.kind:
+            continue
+        peer = PeerId(advert.peer_id)
+        contacts[peer] = Contact(peer_id=peer, addrs=advert.addrs)
+        for layer, experts in item.experts.items():
+            for expert in experts:
+                if expert < model.layers.get(layer, 0):
+                    holders.setdefault(ExpertId(layer, expert), []).append(peer)
+    return HostPlan(model.root, dtype, dict(model.layers), holders, contacts, kind=model.kind)

@@ -14,23 +14,21 @@ import outcome
 import torch
 import trio
 
-from daaswarm.core.adverts import Known, choose_dtype
 from daaswarm.core.router import ReplicaRouter
 from daaswarm.errors import NoPeerCouldServe
 from daaswarm.inference.generation import Generated, Prompt, encode_prompt, generate
 from daaswarm.inference.plan import HostPlan
 from daaswarm.inference.swarm_experts import LocalCompute, SwarmExperts
-from daaswarm.messages import Contact
 from daaswarm.models.manifest import Progress
 from daaswarm.models.sources import LocalModel
 from daaswarm.models.trunk import load_tokenizer, load_trunk
 from daaswarm.net.network import Network
-from daaswarm.types import DTYPE_BYTES, Dtype, ExpertId, ModelRoot, PeerId
+from daaswarm.types import DTYPE_BYTES, Dtype, ModelRoot, PeerId
 
 TRUNKS = 2  # kept loaded by a node: the model in use and the one before
 TEXT_BACKLOG = 1024  # pieces of text that a slow reader may be behind before the model waits for it
 
-FindAdverts = Callable[[ModelRoot], Awaitable[list[Known]]]
+FindHosts = Callable[[LocalModel, Dtype], Awaitable[HostPlan]]
 Emit = Callable[[dict[str, Any]], Awaitable[None]]
 
 logger = logging.getLogger(__name__)
@@ -74,7 +72,7 @@ class Requester:
 
     Args:
         network: carries the calls.
-        find_adverts: asks the swarm who serves a model.
+        find_hosts: asks the swarm who serves a model in a dtype.
         call_timeout_s: the deadline of one expert call.
         local: computes a call with this node's own experts.
         threads: torch's threads; 0 leaves torch's choice.
@@ -83,7 +81,7 @@ class Requester:
     def __init__(
         self,
         network: Network,
-        find_adverts: FindAdverts,
+        find_hosts: FindHosts,
         *,
         call_timeout_s: float,
         local: LocalCompute | None = None,
@@ -92,19 +90,13 @@ class Requester:
         if threads:
             torch.set_num_threads(threads)
         self._network = network
-        self._find_adverts = find_adverts
+        self._find_hosts = find_hosts
         self._call_timeout_s = call_timeout_s
         self._local = local
         self._router = SharedRouter(random.Random())
         self._trunks: dict[tuple[ModelRoot, Dtype], Trunk] = {}
         self._loading = trio.Lock()
         self._current = threading.local()  # .experts: the SwarmExperts of the answer that this thread computes
-
-    async def find_hosts(self, model: LocalModel, dtype: Dtype | None) -> HostPlan:
-        """Who serves the model now, in one dtype."""
-        known = await self._find_adverts(model.root)
-        chosen = choose_dtype(known, dtype)
-        return make_plan(model, known, chosen)
 
     async def load(self, model: LocalModel, dtype: Dtype, progress: Progress) -> Trunk:
         """The model's trunk, from memory or disk."""
@@ -134,7 +126,7 @@ class Requester:
             plan,
             self._network,
             self._router,
-            refresh=lambda: trio.from_thread.run(self.find_hosts, model, plan.dtype),
+            refresh=lambda: trio.from_thread.run(self._find_hosts, model, plan.dtype),
             call_timeout_s=self._call_timeout_s,
             model_name=model.name,
             local=self._local,
@@ -221,23 +213,6 @@ def find_error(error: BaseException, kind: type[NoPeerCouldServe]) -> NoPeerCoul
         if found is not None:
             return found
     return None
-
-
-def make_plan(model: LocalModel, known: list[Known], dtype: Dtype) -> HostPlan:
-    """What believed adverts mean for one model; experts that the model doesn't have are left out."""
-    holders: dict[ExpertId, list[PeerId]] = {}
-    contacts: dict[PeerId, Contact] = {}
-    for item in known:
-        advert = item.advert
-        if advert.dtype != dtype or advert.kind != model.kind:
-            continue
-        peer = PeerId(advert.peer_id)
-        contacts[peer] = Contact(peer_id=peer, addrs=advert.addrs)
-        for layer, experts in item.experts.items():
-            for expert in experts:
-                if expert < model.layers.get(layer, 0):
-                    holders.setdefault(ExpertId(layer, expert), []).append(peer)
-    return HostPlan(model.root, dtype, dict(model.layers), holders, contacts, kind=model.kind)
 
 
 def describe(model: LocalModel, trunk: Trunk, experts: SwarmExperts, result: Generated) -> dict[str, Any]:

@@ -84,9 +84,7 @@ async def test_an_error_comes_over_as_it_was(path: Path) -> None:
         with pytest.raises(RemoteError, match="unknown method 'x'") as info:
             await ask(path, "x", {})
         assert info.value.exit_code == 2 and info.value.hint == "none"
-        assert info.value.described == {
-            "error": {"code": "bad_input", "message": "unknown method 'x'", "hint": "none"}
-        }
+        assert info.value.described == {"error": {"code": "bad_input", "message": "unknown method 'x'", "hint": "none"}}
         with pytest.raises(RemoteError) as info:
             await ask(path, "grouped", {})
         assert info.value.exit_code == 3
@@ -112,11 +110,10 @@ async def test_a_client_that_goes_away_cancels_what_it_asked_for(path: Path) -> 
 
 
 async def test_a_client_that_never_reads_holds_up_only_itself(path: Path) -> None:
-    async with serving(path):
-        async with await trio.open_unix_socket(os.fspath(path)) as stream:
-            await stream.send_all(b'{"method": "count", "params": {"to": 100000}}\n')
-            await trio.testing.wait_all_tasks_blocked(0.05)
-            assert len(await ask(path, "count", {"to": 1})) == 2
+    async with serving(path), await trio.open_unix_socket(os.fspath(path)) as stream:
+        await stream.send_all(b'{"method": "count", "params": {"to": 100000}}\n')
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert len(await ask(path, "count", {"to": 1})) == 2
 
 
 @pytest.mark.parametrize(

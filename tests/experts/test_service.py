@@ -299,7 +299,7 @@ def test_layers_of_one_model_come_and_go() -> None:
     assert sorted(service.models[ROOT, "f32"].layers) == [2]
     assert service.serve_inline(ME, *make_call(ROWS)) is not None
     with pytest.raises(ExpertError, match="layer 0"):
-        service.serve_inline(ME, *replace(make_call(ROWS)[0], layer=0), make_call(ROWS)[1])
+        service.serve_inline(ME, replace(make_call(ROWS)[0], layer=0), make_call(ROWS)[1])
     service.remove(ROOT, "f32", [2])
     assert service.models == {}
     service.remove(ROOT, "f32", [2])  # nothing to do

@@ -1,0 +1,404 @@
+"""A layer's experts on several hosts are the layer's experts, whatever happens to a host meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trio
+
+from daaswarm.errors import Busy, ConfigError, DaaswarmError, ExpertError, NoPeerCouldServe, TooLarge
+from daaswarm.inference import swarm_experts
+from daaswarm.inference.swarm_experts import ROWS_PER_CALL, Share, Stopped, SwarmExperts, make_pair_share
+from daaswarm.messages import ExpertCall, ExpertReply, Pong, Reply
+from daaswarm.models.experts import load_experts
+from daaswarm.models.sources import LocalModel, find_model
+from daaswarm.types import PeerId
+from tests.inference.swarm_in_memory import Host, Swarm, open_swarm
+
+Inputs = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+
+
+@pytest.fixture(scope="module")
+def moe_model(moe: Path, cache: Path) -> LocalModel:
+    return find_model(str(moe), cache)
+
+
+@pytest.fixture(scope="module")
+def dense_model(dense: Path, cache: Path) -> LocalModel:
+    return find_model(str(dense), cache)
+
+
+def make_inputs(model: LocalModel, n: int, k: int = 2) -> Inputs:
+    generator = torch.Generator().manual_seed(n)
+    rows = torch.randn(n, model.hidden, generator=generator)
+    if model.kind == "dense":
+        return rows, None, None
+    index = torch.stack([torch.randperm(model.layers[0], generator=generator)[:k] for _ in range(n)])
+    return rows, index, torch.rand(n, k, generator=generator)
+
+
+def compute_here(model: LocalModel, layer: int, inputs: Inputs, dtype: Any = "f32") -> torch.Tensor:
+    """The whole layer on one machine."""
+    count = model.layers[layer]
+    whole = load_experts(model, {layer: list(range(count))}, dtype)[layer]
+    rows, index, weights = inputs
+    rows = rows.to(swarm_experts.TORCH_DTYPES[dtype])
+    if index is None or weights is None:
+        return whole.compute_slices(rows, list(range(count)))
+    n, k = index.shape
+    return whole.compute_pairs(rows, torch.arange(n).repeat_interleave(k), index.reshape(-1), weights.reshape(-1))
+
+
+async def compute(experts: SwarmExperts, layer: int, inputs: Inputs) -> torch.Tensor:
+    with trio.fail_after(30):
+        return await trio.to_thread.run_sync(experts, layer, *inputs)
+
+
+def assert_same(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)  # f32 sums in another order
+
+
+def all_of(model: LocalModel, layers: Sequence[int] | None = None) -> dict[int, list[int]]:
+    return {layer: list(range(n)) for layer, n in model.layers.items() if layers is None or layer in layers}
+
+
+# -- the sum ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+async def test_slices_on_two_hosts(dense_model: LocalModel, rows: int) -> None:
+    n = dense_model.layers[0]
+    parts = [{0: list(range(n // 2))}, {0: list(range(n // 2, n))}]
+    async with open_swarm(dense_model, *parts) as swarm:
+        experts, inputs = swarm.make_experts(), make_inputs(dense_model, rows)
+        assert_same(await compute(experts, 0, inputs), compute_here(dense_model, 0, inputs))
+        assert experts.retries == 0 and swarm.refreshes == 0
+        assert {use.calls for use in experts.hosts.values()} == {1}
+        use = experts.hosts[swarm.hosts[0].pool.peer_id]
+        assert use.rows == rows and use.bytes_sent == use.bytes_received == rows * dense_model.hidden * 4
+        assert len(use.latencies_s) == 1 and use.latencies_s[0] > 0
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40])
+async def test_pairs_on_three_hosts(moe_model: LocalModel, rows: int) -> None:
+    async with open_swarm(moe_model, {0: [0, 3, 6]}, {0: [1, 4, 7]}, {0: [2, 5]}) as swarm:
+        experts, inputs = swarm.make_experts(), make_inputs(moe_model, rows)
+        assert_same(await compute(experts, 0, inputs), compute_here(moe_model, 0, inputs))
+        assert all(use.calls == 1 for use in experts.hosts.values()) and experts.retries == 0
+        index = inputs[1]
+        assert index is not None
+        wanted = sum(int(torch.isin(index, torch.tensor(h.held[0])).any(1).sum()) for h in swarm.hosts)
+        assert sum(use.rows for use in experts.hosts.values()) == wanted  # a host gets the rows that it needs
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+async def test_half_precision(moe_model: LocalModel, dtype: Any) -> None:
+    async with open_swarm(moe_model, all_of(moe_model, [0]), dtype=dtype) as swarm:
+        rows, index, weights = make_inputs(moe_model, 5)
+        inputs = rows.to(swarm_experts.TORCH_DTYPES[dtype]), index, weights
+        got = await compute(swarm.make_experts(), 0, inputs)
+        assert got.dtype == inputs[0].dtype
+        torch.testing.assert_close(got, compute_here(moe_model, 0, inputs, dtype).to(got.dtype), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["moe", "dense"])
+async def test_a_long_prefill_travels_in_pieces(moe_model: LocalModel, dense_model: LocalModel, kind: str) -> None:
+    model = moe_model if kind == "moe" else dense_model
+    n = model.layers[0]
+    async with open_swarm(model, {0: list(range(n // 2))}, {0: list(range(n // 2, n))}) as swarm:
+        experts, inputs = swarm.make_experts(), make_inputs(model, 2 * ROWS_PER_CALL + 5)
+        assert_same(await compute(experts, 0, inputs), compute_here(model, 0, inputs))
+        assert sum(use.calls for use in experts.hosts.values()) == 6
+
+
+async def test_this_node_is_one_of_the_hosts(moe_model: LocalModel) -> None:
+    async with open_swarm(moe_model, {0: [0, 1, 2, 3]}, {0: [4, 5, 6, 7]}) as swarm:
+        here = swarm.hosts[0]
+        swarm.requester = here.pool
+        await here.pool.connect(swarm.hosts[1].contact)
+        experts = swarm.make_experts(local=here.service.compute)
+        inputs = make_inputs(moe_model, 9)
+        assert_same(await compute(experts, 0, inputs), compute_here(moe_model, 0, inputs))
+        assert len(experts.hosts) == 2 and here.calls == []
+
+
+# -- faults -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["moe", "dense"])
+async def test_a_host_that_dies_is_replaced(moe_model: LocalModel, dense_model: LocalModel, kind: str) -> None:
+    model = moe_model if kind == "moe" else dense_model
+    async with open_swarm(model, all_of(model), all_of(model)) as swarm:
+        experts = swarm.make_experts()
+        for layer in (0, 1, 2, 0, 1, 2):
+            inputs = make_inputs(model, 5 + layer)
+            assert_same(await compute(experts, layer, inputs), compute_here(model, layer, inputs))
+            if experts.hosts and experts.retries == 0 and layer == 2:
+                swarm.kill(next(host for host in swarm.hosts if host.pool.peer_id in experts.hosts))
+        assert experts.retries > 0 and swarm.refreshes == 0
+
+
+async def test_a_host_that_dies_while_it_computes(moe_model: LocalModel) -> None:
+    async with open_swarm(moe_model, all_of(moe_model), all_of(moe_model)) as swarm:
+
+        async def die(host: Host, call: ExpertCall, body: memoryview) -> Any:
+            for other in swarm.hosts:
+                other.behave = None
+            swarm.kill(host)
+            await trio.sleep_forever()
+
+        for host in swarm.hosts:
+            host.behave = die
+        experts, inputs = swarm.make_experts(), make_inputs(moe_model, 4)
+        assert_same(await compute(experts, 0, inputs), compute_here(moe_model, 0, inputs))
+        assert experts.retries == 1
+
+
+async def test_without_a_replica_the_missing_layers_are_named(moe_model: LocalModel) -> None:
+    async with open_swarm(moe_model, all_of(moe_model, [0]), all_of(moe_model, [1, 2])) as swarm:
+        left = swarm.make_plan(swarm.hosts[:1])
+        experts, inputs = swarm.make_experts(refreshed=left), make_inputs(moe_model, 3)
+        await compute(experts, 1, inputs)
+        swarm.kill(swarm.hosts[1])
+        await compute(experts, 0, inputs)
+        with pytest.raises(NoPeerCouldServe, match="no live host for layers 1-2") as info:
+            await compute(experts, 1, inputs)
+        assert info.value.missing == {1: list(range(8)), 2: list(range(8))}
+        assert swarm.refreshes == 1
+
+
+async def test_a_host_that_came_later_is_found(moe_model: LocalModel) -> None:
+    async with open_swarm(moe_model, all_of(moe_model), all_of(moe_model)) as swarm:
+        experts = swarm.make_experts(plan=swarm.make_plan(swarm.hosts[:1]), refreshed=swarm.make_plan(swarm.hosts[1:]))
+        inputs = make_inputs(moe_model, 3)
+        await compute(experts, 0, inputs)
+        swarm.kill(swarm.hosts[0])
+        assert_same(await compute(experts, 1, inputs), compute_here(moe_model, 1, inputs))
+        assert swarm.refreshes == 1 and len(experts.hosts) == 2
+
+
+def lie_about_rows(host: Host, call: ExpertCall) -> tuple[Reply, Sequence[Any]]:
+    return ExpertReply(rows=call.rows + 1, hidden=call.hidden), [bytes((call.rows + 1) * call.hidden * 4)]
+
+
+def lie_about_width(host: Host, call: ExpertCall) -> tuple[Reply, Sequence[Any]]:
+    return ExpertReply(rows=call.rows, hidden=1), [bytes(call.rows * 4)]
+
+
+def send_too_little(host: Host, call: ExpertCall) -> tuple[Reply, Sequence[Any]]:
+    return ExpertReply(rows=call.rows, hidden=call.hidden), [bytes(call.rows * call.hidden * 4 - 4)]
+
+
+def send_nothing(host: Host, call: ExpertCall) -> tuple[Reply, Sequence[Any]]:
+    return ExpertReply(rows=call.rows, hidden=call.hidden), []
+
+
+def send_another_message(host: Host, call: ExpertCall) -> tuple[Reply, Sequence[Any]]:
+    return Pong(), []
+
+
+def fail(host: Host, call: ExpertCall) -> tuple[Reply, Sequence[Any]]:
+    raise ExpertError("out of memory")
+
+
+def blame_the_user(host: Host, call: ExpertCall) -> tuple[Reply, Sequence[Any]]:
+    raise ConfigError("your fault")
+
+
+def refuse_the_size(host: Host, call: ExpertCall) -> tuple[Reply, Sequence[Any]]:
+    raise TooLarge("too large for me")
+
+
+@pytest.mark.parametrize(
+    "misbehave",
+    [
+        lie_about_rows,
+        lie_about_width,
+        send_too_little,
+        send_nothing,
+        send_another_message,
+        fail,
+        blame_the_user,
+        refuse_the_size,
+    ],
+)
+async def test_whatever_one_host_answers_another_does_better(moe_model: LocalModel, misbehave: Any) -> None:
+    async def behave(host: Host, call: ExpertCall, body: memoryview) -> Any:
+        return misbehave(host, call)
+
+    async with open_swarm(moe_model, all_of(moe_model, [0]), all_of(moe_model, [0])) as swarm:
+        inputs = make_inputs(moe_model, 3)
+        for bad in swarm.hosts:
+            experts = swarm.make_experts()
+            bad.behave = behave
+            assert_same(await compute(experts, 0, inputs), compute_here(moe_model, 0, inputs))
+            assert experts.retries <= 1
+            bad.behave = None
+        assert any(host.calls for host in swarm.hosts)
+
+        for host in swarm.hosts:
+            host.behave = behave
+        with pytest.raises(NoPeerCouldServe) as info:
+            await compute(swarm.make_experts(), 0, inputs)
+        assert 0 in info.value.missing and 1 <= swarm.refreshes <= 2  # once for each part of the layer
+
+
+async def test_a_passing_fault_without_a_replica(moe_model: LocalModel) -> None:
+    """Each layer may ask the swarm again: a long answer outlives more than one fault of its only host."""
+
+    async def fail_once(host: Host, call: ExpertCall, body: memoryview) -> Any:
+        host.behave = None
+        raise ExpertError("just now")
+
+    async with open_swarm(moe_model, all_of(moe_model)) as swarm:
+        experts, inputs = swarm.make_experts(), make_inputs(moe_model, 3)
+        for layer in (0, 1, 2):
+            swarm.hosts[0].behave = fail_once
+            assert_same(await compute(experts, layer, inputs), compute_here(moe_model, layer, inputs))
+        assert experts.retries == swarm.refreshes == 3
+
+
+async def test_a_busy_host_is_waited_for(moe_model: LocalModel) -> None:
+    refused = 0
+
+    async def refuse_thrice(host: Host, call: ExpertCall, body: memoryview) -> Any:
+        nonlocal refused
+        refused += 1
+        if refused == 3:
+            host.behave = None
+        raise Busy("full", retry_after_s=0.001)
+
+    async with open_swarm(moe_model, all_of(moe_model, [0])) as swarm:
+        swarm.hosts[0].behave = refuse_thrice
+        experts, inputs = swarm.make_experts(), make_inputs(moe_model, 3)
+        assert_same(await compute(experts, 0, inputs), compute_here(moe_model, 0, inputs))
+        assert refused == experts.retries == 3 and swarm.refreshes == 0
+
+
+async def test_a_host_that_stays_busy_is_given_up(moe_model: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swarm_experts, "BUSY_RETRIES", 3)
+
+    async def refuse(host: Host, call: ExpertCall, body: memoryview) -> Any:
+        raise Busy("full", retry_after_s=0.001)
+
+    parts = [{0: [0, 1, 2, 3]}, {0: [4, 5, 6, 7]}]
+    async with open_swarm(moe_model, *parts, *parts) as swarm:
+        for host in swarm.hosts:
+            host.behave = refuse
+        with pytest.raises(NoPeerCouldServe):
+            await compute(swarm.make_experts(), 0, make_inputs(moe_model, 9))
+
+
+async def test_a_silent_host_is_given_up_for_a_replica(moe_model: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swarm_experts, "REPLICA_PATIENCE_S", 0.1)
+
+    async def be_silent(host: Host, call: ExpertCall, body: memoryview) -> Any:
+        await trio.sleep_forever()
+
+    async with open_swarm(moe_model, all_of(moe_model, [0]), all_of(moe_model, [0])) as swarm:
+        inputs = make_inputs(moe_model, 3)
+        for silent in swarm.hosts:
+            silent.behave = be_silent
+            experts = swarm.make_experts(call_timeout_s=25.0)
+            with trio.fail_after(10):
+                assert_same(await compute(experts, 0, inputs), compute_here(moe_model, 0, inputs))
+            silent.behave = None
+        assert any(host.calls for host in swarm.hosts)
+
+
+async def test_the_deadline_of_a_call_without_a_replica(moe_model: LocalModel) -> None:
+    async def be_silent(host: Host, call: ExpertCall, body: memoryview) -> Any:
+        await trio.sleep_forever()
+
+    async with open_swarm(moe_model, all_of(moe_model, [0])) as swarm:
+        swarm.hosts[0].behave = be_silent
+        with trio.fail_after(10), pytest.raises(NoPeerCouldServe):
+            await compute(swarm.make_experts(call_timeout_s=0.1), 0, make_inputs(moe_model, 3))
+
+
+# -- giving up ----------------------------------------------------------------------------------------------------
+
+
+async def run_until_cancelled(swarm: Swarm, experts: SwarmExperts, inputs: Inputs) -> BaseException | None:
+    """The error that the model's thread got when ``cancel`` was called while a host was asked."""
+    errors: list[BaseException] = []
+
+    def in_thread() -> None:
+        try:
+            experts(0, *inputs)
+        except (DaaswarmError, Stopped) as error:
+            errors.append(error)
+
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, in_thread)
+            while not any(host.calls for host in swarm.hosts):  # noqa: ASYNC110 - the host is no event
+                await trio.sleep(0.005)
+            experts.cancel()
+    return errors[0] if errors else None
+
+
+async def test_cancel_ends_the_thread_at_once_and_tells_the_host(moe_model: LocalModel) -> None:
+    told = trio.Event()
+
+    async def be_silent(host: Host, call: ExpertCall, body: memoryview) -> Any:
+        try:
+            await trio.sleep_forever()
+        finally:
+            told.set()
+
+    async with open_swarm(moe_model, all_of(moe_model, [0])) as swarm:
+        swarm.hosts[0].behave = be_silent
+        experts, inputs = swarm.make_experts(call_timeout_s=30.0), make_inputs(moe_model, 3)
+        started = time.monotonic()
+        assert isinstance(await run_until_cancelled(swarm, experts, inputs), Stopped)
+        assert time.monotonic() - started < 5
+        with trio.fail_after(5):
+            await told.wait()
+        with pytest.raises(Stopped):  # and it stays so
+            await compute(experts, 0, inputs)
+
+
+async def test_cancel_while_a_busy_host_is_waited_for(moe_model: LocalModel) -> None:
+    async def refuse(host: Host, call: ExpertCall, body: memoryview) -> Any:
+        raise Busy("full", retry_after_s=20.0)
+
+    async with open_swarm(moe_model, all_of(moe_model, [0])) as swarm:
+        swarm.hosts[0].behave = refuse
+        experts = swarm.make_experts(call_timeout_s=30.0)
+        assert isinstance(await run_until_cancelled(swarm, experts, make_inputs(moe_model, 3)), Stopped)
+
+
+# -- shares -------------------------------------------------------------------------------------------------------
+
+
+def test_a_part_of_a_share_carries_the_rows_it_needs() -> None:
+    rows = torch.arange(12.0).view(4, 3)
+    share = make_pair_share(
+        [1, 2, 3],
+        rows,
+        None,
+        torch.tensor([0, 1, 1, 3]),
+        torch.tensor([1, 2, 3, 2]),
+        torch.tensor([0.1, 0.2, 0.3, 0.4]),
+        {PeerId("x")},
+    )
+    assert share.into is not None and share.into.tolist() == [0, 1, 3] and share.pair_rows is not None
+    assert share.pair_rows.tolist() == [0, 1, 1, 2]
+    assert share.get_demand() == {1: 1, 2: 2, 3: 1}
+    share.waits, share.refreshed = 2, True
+    part = share.restrict([2])
+    assert part.into is not None and part.into.tolist() == [1, 3] and part.pair_rows is not None
+    assert part.pair_rows.tolist() == [0, 1] and torch.equal(part.rows, rows[[1, 3]])
+    assert (part.waits, part.refreshed, part.failed) == (2, True, {PeerId("x")})
+    part.failed.add(PeerId("y"))
+    assert share.failed == {PeerId("x")}
+
+    dense = Share([0, 1], rows, None, waits=3)
+    assert dense.get_demand() == {0: 4, 1: 4}
+    assert (dense.restrict([1]).waits, dense.restrict([1]).experts) == (3, [1])
