@@ -138,7 +138,7 @@ class SwarmCoordinator:
                 nursery.start_soon(dial, address)
         if addresses and not reached:
             raise ConfigError(
-                "no bootstrap address led to the swarm: " + "; ".join(refused),
+                "no bootstrap address led to the swarm: " + "; ".join(sorted(refused)),
                 hint="copy the address from the ready line of a running node; is it running, and is the port open?",
             )
         for text in refused:

@@ -26,6 +26,8 @@ COOLDOWN_MAX_S = 60.0
 QUEUE_FRESH_S = 1.0  # a queue depth older than this says nothing
 PLANS = 4_096  # remembered
 PLAN_S = 1.0  # that a plan is reused for at most, since cool-downs end and estimates age
+EXPLORE_EVERY = 16  # choices; one goes to replicas that the best plan leaves out
+EXPLORE_COST = 8.0  # unless it would take this many times as long
 PEERS = 8_192  # with an estimate; the longest unused goes
 
 Plan = dict[PeerId, list[int]]
@@ -59,6 +61,7 @@ class ReplicaRouter:
         self._rng = rng
         self._peers: dict[PeerId, _Peer] = {}
         self._plans: dict[_PlanKey, tuple[float, Plan]] = {}
+        self._choices = 0
 
     def choose(
         self,
@@ -83,15 +86,49 @@ class ReplicaRouter:
         """
         if exclude:
             return self._plan(layer, rows, candidates, now, exclude)
+        plan = self._get_plan(layer, rows, candidates, now)
+        self._choices += 1
+        return plan if self._choices % EXPLORE_EVERY else self._explore(plan, layer, rows, candidates, now)
+
+    def _get_plan(
+        self, layer: int, rows: Mapping[int, int], candidates: Mapping[int, Sequence[PeerId]], now: float
+    ) -> Plan:
+        """The best plan by today's estimates, from memory if it was just made."""
         key = (tuple(rows.items()), tuple([tuple(candidates.get(expert, ())) for expert in rows]))
         cached = self._plans.get(key)
         if cached is not None and now < cached[0]:
             return cached[1]
-        plan = self._plan(layer, rows, candidates, now, exclude)
+        plan = self._plan(layer, rows, candidates, now, _NOBODY)
         if len(self._plans) >= PLANS:
             self._plans.clear()
         self._plans[key] = (now + PLAN_S, plan)
         return plan
+
+    def _explore(
+        self,
+        best: Plan,
+        layer: int,
+        rows: Mapping[int, int],
+        candidates: Mapping[int, Sequence[PeerId]],
+        now: float,
+    ) -> Plan:
+        """The same call by replicas that ``best`` leaves out, if there are any that aren't far slower: or else a
+        replica that was slow once would never be heard of again, nor missed when it dies.
+        """
+        if any(best.keys() >= set(candidates[expert]) for expert in rows):
+            return best
+        other = self._plan(layer, rows, candidates, now, best.keys())
+        limit_s = EXPLORE_COST * max(self._predict(peer, experts, rows, now) for peer, experts in best.items())
+        for peer, experts in other.items():
+            if self.is_cooling(peer, now) or self._predict(peer, experts, rows, now) > limit_s:
+                return best
+        return other
+
+    def _predict(self, peer: PeerId, experts: list[int], rows: Mapping[int, int], now: float) -> float:
+        units = sum(rows[expert] for expert in experts)
+        estimate = _estimate(self._get(peer, now), _get_size_class(units / len(experts)), now)
+        fixed_s, unit_s = estimate or (PRIOR_FIXED_S, PRIOR_UNIT_S)
+        return fixed_s + units * unit_s
 
     def note_reply(
         self,

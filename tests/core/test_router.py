@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from swarm_driver import NOW
 
-from daaswarm.core.router import COOLDOWN_MAX_S, COOLDOWN_S, FORGET_S, PLAN_S, ReplicaRouter
+from daaswarm.core.router import COOLDOWN_MAX_S, COOLDOWN_S, EXPLORE_EVERY, FORGET_S, PLAN_S, ReplicaRouter
 from daaswarm.errors import NoPeerCouldServe
 from daaswarm.types import PeerId
 
@@ -193,3 +193,16 @@ def test_memory_of_peers_and_plans_is_bounded(monkeypatch: pytest.MonkeyPatch) -
     for n in range(50):
         router.choose(0, {n: 1}, {n: [PeerId(f"p{n}")]}, NOW + n)
     assert len(router._peers) == 5 and len(router._plans) <= 5
+
+
+def test_now_and_then_a_replica_that_is_left_out_is_heard_again_unless_far_or_failing() -> None:
+    def count_b(router: ReplicaRouter) -> int:
+        return sum(B in router.choose(0, {0: 1}, {0: [A, B]}, NOW) for _ in range(3 * EXPLORE_EVERY))
+
+    assert count_b(make(a=100e-6, b=400e-6)) == 3
+    far = make(a=100e-6)
+    reply(far, B, 100e-6, fixed_s=50e-3)
+    assert count_b(far) == 0
+    failing = make(a=100e-6, b=400e-6)
+    failing.note_failure(B, NOW)
+    assert count_b(failing) == 0
