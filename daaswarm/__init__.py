@@ -1,3 +1,3 @@
-"""daaswarm: run a model whose experts live on other people's machines, and know that the answer is right."""
+"""daaswarm: run a model whose experts live on other people's machines."""
 
 __version__ = "0.1.0"

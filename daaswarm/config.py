@@ -163,11 +163,16 @@ def convert(key: str, value: object, *, source: str) -> Any:
     try:
         converted = msgspec.convert(value, kind, strict=source.endswith(".toml"))
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{source}: {key} = {value!r} is not valid: {error}", hint="") from error
+        reason = str(error).replace("`", "").replace("Expected", "expected")
+        hint = f"see daaswarm config get {key}, or docs/reference/config.md"
+        raise ConfigError(f"{source}: {key} = {value!r} is not valid: {reason}", hint=hint) from error
     if key == "host.memory":
-        parse_bytes(converted, option=f"{source}: {key}")
+        try:
+            parse_bytes(converted, option=key)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error.message}", hint="write it like 4GB or 512MiB") from error
     elif isinstance(converted, float) and not math.isfinite(converted):  # NaN passes every comparison with a bound
-        raise ConfigError(f"{source}: {key} = {value!r} is not valid: not a number", hint="")
+        raise ConfigError(f"{source}: {key} = {value!r} is not valid: not a number", hint="write a number")
     return converted
 
 

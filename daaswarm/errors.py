@@ -141,7 +141,7 @@ EXIT_INTERRUPTED = 130
 
 
 def get_exit_code(error: DaaswarmError) -> int:
-    """The exit code of the command line for an error (the contract is in ``docs/reference/cli.md``)."""
+    """The exit code of the command line for an error (the contract is in ``docs/reference/exit-codes.md``)."""
     if isinstance(error, ConfigError):
         return EXIT_BAD_INPUT
     if isinstance(error, NoPeerCouldServe | Unreachable):

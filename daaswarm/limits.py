@@ -17,12 +17,12 @@ CONNECTIONS = 1_024  # file descriptors
 HANDSHAKES_PER_ADDRESS = 32  # unproven connections of one IP address at once
 
 HANDSHAKE_S = 5.0  # TLS and both proofs; a silent listener must not hold a dialer
-DIAL_S = 10.0
+DIAL_S = 10.0  # all addresses of a peer together, handshakes included
 CALL_S = 30.0  # the longest deadline that a call may carry
 WRITE_STALL_S = 10.0  # a peer that doesn't read ends its connection
 IDLE_PING_S = 20.0  # silence after which a connection is pinged
 
 RECORD_BYTES = 4 * KIB  # a DHT record is a signed pointer, not a payload
 RECORDS = 65_536  # per node
-RECORDS_PER_KEY = 64
-GOSSIP_BYTES = 16 * KIB  # 64 KiB was the largest that arrived
+RECORDS_PER_KEY = 64  # publishers of one key; one Found message carries them all
+GOSSIP_BYTES = 16 * KIB  # a gossiped message, so also an advert; 64 KiB was the largest that arrived

@@ -39,7 +39,7 @@ from daaswarm.net.handshake import Identity
 from daaswarm.net.inbound import InboundBudget
 from daaswarm.net.network import FastHandler, Handler
 from daaswarm.store.data_dir import DataDir
-from daaswarm.types import Dtype, ExpertId, PeerId, parse_range
+from daaswarm.types import Dtype, ExpertId, PeerId, format_bytes, format_range, parse_range
 
 if TYPE_CHECKING:
     from daaswarm.experts.service import ExpertService
@@ -332,7 +332,9 @@ class SwarmCoordinator:
         """Real host processes on loopback for one run, which find each other through this node."""
         from daaswarm.inference.embedded import run_embedded_hosts
 
-        await emit({"event": "message", "text": f"starting {count} hosts for {model.name} on this machine …"})
+        await emit(
+            {"event": "message", "text": f"starting {count} host{'s' * (count > 1)} for {model.name} on this machine …"}
+        )
         async with run_embedded_hosts(
             str(model.folder),
             model.kind,
@@ -554,21 +556,24 @@ def get_own_key(peer_id: PeerId) -> bytes:
 
 
 def describe_held(model: LocalModel, held: dict[int, list[int]], nbytes: int) -> str:
-    """``"serving smollm2 layers 0-14, all 8 slices, 106.2 MB"``."""
-    from daaswarm.types import format_bytes, format_range
-
+    """``"serving smollm2: layers 0-9 (all 8 slices), 106.2 MB"``; layers with the same experts stand together."""
     noun = "experts" if model.kind == "moe" else "slices"
-    sets = {tuple(ids) for ids in held.values()}
-    which = f"{noun} {format_range(list(next(iter(sets))))}" if len(sets) == 1 else f"some {noun}"
-    if all(len(ids) == model.layers[layer] for layer, ids in held.items()):
-        which = f"all {noun}"
-    return f"serving {model.name}: layers {format_range(list(held))}, {which}, {format_bytes(nbytes)}"
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for layer, ids in held.items():
+        groups.setdefault(tuple(ids), []).append(layer)
+    parts = []
+    for ids, layers in groups.items():
+        whole = all(len(ids) == model.layers[layer] for layer in layers)
+        which = f"all {len(ids)} {noun}" if whole else f"{noun} {format_range(list(ids))}"
+        parts.append(f"layer{'s' * (len(layers) > 1)} {format_range(layers)} ({which})")
+    return f"serving {model.name}: {', '.join(parts)}, {format_bytes(nbytes)}"
 
 
 def describe_binding(config: Config, addrs: list[str]) -> list[str]:
     """What has to be open when the node listens to more than this machine."""
     listening = parse_address(config.network.listen)
     if listening.host in ("127.0.0.1", "::1", "localhost"):
-        return ["listening on this machine only; --listen /ip4/0.0.0.0/tcp/4001 lets others in"]
+        lines = ["listening on this machine only; --listen /ip4/0.0.0.0/tcp/4001 lets others in"]
+        return [*lines, f"next: daaswarm host-expert MODEL --bootstrap {addrs[0]} --data-dir ANOTHER"]
     ports = sorted({parse_address(address).port for address in addrs})
     return [f"open TCP port {', '.join(map(str, ports))} in your firewall or router for others to reach this node"]

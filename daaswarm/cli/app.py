@@ -23,7 +23,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Run a model whose experts live on other people's machines, and know that the answer is right.",
+    help="Run a model whose experts live on other people's machines.",
     epilog='First time? Try [bold]daaswarm infer "What is the capital of France?"[/bold]',
 )
 app.command("init")(init.init)
@@ -72,8 +72,10 @@ def run(arguments: list[str]) -> int:
     try:
         return app(arguments, standalone_mode=False) or 0
     except TyperException as error:  # a word that the parser doesn't know
-        command = " ".join(word for word in arguments[:1] if not word.startswith("-"))
-        output.error(ConfigError(error.format_message(), hint=f"see daaswarm {command} --help".replace("  ", " ")))
+        if message := error.format_message():  # empty where the help was shown instead
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context is not None else "daaswarm"
+            output.error(ConfigError(message, hint=f"see {command} --help"))
         return EXIT_BAD_INPUT
     except RemoteError as error:
         output.error(error, error.described)

@@ -28,14 +28,21 @@ def infer(
     prompt: Annotated[str, typer.Argument(help="What to ask; - reads it from standard input.")],
     model: Annotated[
         str | None,
-        typer.Option("--model", autocompletion=complete_models, help="A model's name, folder or GGUF file."),
+        typer.Option(
+            "--model",
+            autocompletion=complete_models,
+            help="Name, folder or GGUF file (default: infer.model).",
+        ),
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Longest answer, in tokens.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", help="Longest answer (default: infer.max_tokens).")
+    ] = None,
     temperature: Annotated[
-        float | None, typer.Option("--temperature", help="0 gives the same answer every time; higher is more varied.")
+        float | None,
+        typer.Option("--temperature", help="0 (default): the same answer every time; higher: more varied."),
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option("--top-p", help="Draw from the likeliest tokens up to this share.")
+        float | None, typer.Option("--top-p", help="Draw from the likeliest tokens up to this share (default: 1, all).")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Makes a draw at a temperature repeatable.")] = None,
     system: Annotated[str | None, typer.Option("--system", help="Instruction put before the prompt.")] = None,

@@ -1,0 +1,199 @@
+"""Finding hosts and being found, over the in-memory network with the real Kademlia core."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+from net_helpers import SWARM, get_identity
+
+from daaswarm.core.adverts import ADVERT_KIND
+from daaswarm.core.signing import MAX_TTL_S, seal
+from daaswarm.messages import Advert, Adverts, Found, GetAdverts, Pong, Signed
+from daaswarm.net import discovery as discovery_module
+from daaswarm.net.discovery import Discovery
+from daaswarm.net.memory import MemoryHub
+from daaswarm.net.pool import ConnectionPool
+from daaswarm.types import ModelRoot
+
+ROOT, OTHER = ModelRoot("ab" * 32), ModelRoot("cd" * 32)
+HELD = {0: [0, 1], 2: [5]}
+
+
+class Node:
+    """A network and the discovery on it; ``lies`` replaces its answers to GetAdverts."""
+
+    def __init__(self) -> None:
+        self.pool: ConnectionPool
+        self.discovery: Discovery
+        self.lies: Any = None
+
+    async def handle(self, peer: Any, contact: Any, message: Any, body: Any, deadline_s: float) -> Any:
+        if self.lies is not None and isinstance(message, GetAdverts):
+            return self.lies, ()
+        return self.discovery.answer(peer, contact, message), ()
+
+    @property
+    def peer_id(self) -> str:
+        return self.pool.peer_id
+
+    async def find(self, root: ModelRoot = ROOT) -> dict[str, dict[int, list[int]]]:
+        return {known.advert.peer_id: known.experts for known in await self.discovery.find_adverts(root)}
+
+
+@asynccontextmanager
+async def open_nodes(count: int) -> AsyncIterator[tuple[MemoryHub, list[Node]]]:
+    """Nodes that all joined through the first."""
+    hub = MemoryHub()
+    async with AsyncExitStack() as stack:
+        nodes = [Node() for _ in range(count)]
+        for number, node in enumerate(nodes, start=1):
+            identity = get_identity(number)
+            node.pool = await stack.enter_async_context(hub.open_node(identity, handler=node.handle))
+            node.discovery = Discovery(node.pool, identity.key, SWARM, random.Random(number))
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        for node in nodes:
+            await nursery.start(node.discovery.run)
+            if node is not nodes[0]:
+                assert nodes[0].pool.contact is not None
+                await node.pool.connect(nodes[0].pool.contact)
+                node.discovery.join([nodes[0].pool.contact])
+        await settle()
+        yield hub, nodes
+        nursery.cancel_scope.cancel()
+
+
+async def settle() -> None:
+    """Until nobody has anything to say any more."""
+    await trio.testing.wait_all_tasks_blocked(0.01)
+
+
+def make_advert(number: int, **changes: Any) -> Signed:
+    """An advert signed by the node with that number, whatever it says."""
+    identity = get_identity(number)
+    fields: dict[str, Any] = {
+        "peer_id": identity.peer_id,
+        "model_root": ROOT,
+        "model_name": "m",
+        "kind": "moe",
+        "held": {0: b"\x03"},
+        "dtype": "f32",
+        "device": "cpu",
+        "addrs": [],
+        "seq": 1,
+        "expires_at": time.time() + 60,
+    }
+    return seal(Advert(**{**fields, **changes}), ADVERT_KIND, identity.key, SWARM)
+
+
+async def test_what_is_published_is_found() -> None:
+    async with open_nodes(4) as (_, nodes):
+        nodes[1].discovery.advertise(ROOT, "m", "moe", HELD, "f32")
+        nodes[2].discovery.advertise(ROOT, "m", "moe", {1: [3]}, "bf16")
+        await settle()
+        for asker in (nodes[0], nodes[3]):
+            assert await asker.find() == {nodes[1].peer_id: HELD, nodes[2].peer_id: {1: [3]}}
+            assert await asker.find(OTHER) == {}
+        assert await nodes[1].find() == {nodes[1].peer_id: HELD, nodes[2].peer_id: {1: [3]}}  # itself included
+        known = await nodes[3].discovery.find_adverts(ROOT)
+        assert {k.advert.dtype for k in known} == {"f32", "bf16"} and all(k.advert.addrs for k in known)
+        assert len(nodes[3].discovery.get_known()) >= 1
+
+
+async def test_a_changed_and_a_withdrawn_advert() -> None:
+    async with open_nodes(3) as (_, nodes):
+        host, asker = nodes[1], nodes[2]
+        host.discovery.advertise(ROOT, "m", "moe", HELD, "f32")
+        await settle()
+        assert await asker.find() == {host.peer_id: HELD}
+        await trio.sleep(0.002)  # the sequence number counts milliseconds
+        host.discovery.advertise(ROOT, "m", "moe", {7: [1]}, "f32")
+        assert await asker.find() == {host.peer_id: {7: [1]}}
+        host.discovery.withdraw(ROOT)
+        assert await asker.find() == {}
+        assert await host.find() == {}
+        await trio.sleep(0.002)
+        host.discovery.advertise(ROOT, "m", "moe", HELD, "f32")
+        await settle()
+        assert await asker.find() == {host.peer_id: HELD}
+
+
+async def test_a_dead_host_is_left_out_and_comes_back() -> None:
+    async with open_nodes(4) as (hub, nodes):
+        for host in nodes[1:3]:
+            host.discovery.advertise(ROOT, "m", "moe", HELD, "f32")
+        await settle()
+        asker = nodes[3]
+        assert len(await asker.find()) == 2
+        hub.kill(nodes[1].pool.peer_id)
+        assert await asker.find() == {nodes[2].peer_id: HELD}
+        hub.revive(nodes[1].pool.peer_id)
+        assert len(await asker.find()) == 2
+
+
+async def test_a_silent_host_costs_one_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discovery_module, "ADVERT_S", 0.05)
+    async with open_nodes(3) as (hub, nodes):
+        for host in nodes[:2]:
+            host.discovery.advertise(ROOT, "m", "moe", HELD, "f32")
+        await settle()
+        asker = nodes[2]
+        assert len(await asker.find()) == 2
+        hub.partition([nodes[1].pool.peer_id], [asker.pool.peer_id])
+        with trio.fail_after(10):
+            assert await asker.find() == {nodes[0].peer_id: HELD}
+        hub.heal()
+
+
+async def test_a_node_alone() -> None:
+    async with open_nodes(1) as (_, nodes):
+        assert await nodes[0].find() == {}
+        nodes[0].discovery.advertise(ROOT, "m", "moe", HELD, "f32")
+        assert await nodes[0].find() == {nodes[0].peer_id: HELD}
+        nodes[0].discovery.withdraw(OTHER)  # was never served
+
+
+async def test_hostile_adverts_are_ignored() -> None:
+    async with open_nodes(4) as (_, nodes):
+        liar, honest, asker = nodes[1:]
+        liar.discovery.advertise(ROOT, "m", "moe", {0: [1]}, "f32")
+        honest.discovery.advertise(ROOT, "m", "moe", HELD, "f32")
+        await settle()
+        own = make_advert(2)
+        hostile: list[Any] = [
+            Adverts(adverts=[]),
+            Adverts(adverts=[make_advert(2, peer_id=honest.peer_id)]),  # in another's name
+            Adverts(adverts=[make_advert(2, expires_at=0.0)]),
+            Adverts(adverts=[make_advert(2, expires_at=1e12)]),
+            Adverts(adverts=[make_advert(2, expires_at=float("nan"))]),
+            Adverts(adverts=[make_advert(2, held={0: b"\0"})]),
+            Adverts(adverts=[make_advert(2, price=-1.0)]),
+            Adverts(adverts=[Signed(public_key=own.public_key, signature=bytes(64), payload=own.payload)]),
+            Adverts(adverts=[Signed(public_key=own.public_key, signature=own.signature, payload=b"garbage")]),
+            Pong(),
+            Found(),
+        ]
+        for lies in hostile:
+            liar.lies = lies
+            assert await asker.find() == {honest.peer_id: HELD}, lies
+        liar.lies = Adverts(adverts=[make_advert(2, expires_at=0.0), own])  # one good one among bad ones
+        assert await asker.find() == {honest.peer_id: HELD, liar.peer_id: {0: [0, 1]}}
+
+
+async def test_adverts_are_signed_anew_before_they_expire(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_nodes(1) as (_, nodes):
+        node = nodes[0]
+        node.discovery.advertise(ROOT, "m", "moe", HELD, "f32")
+        ask = GetAdverts(model_root=ROOT)
+        first = node.discovery.answer(get_identity(2).peer_id, None, ask)
+        assert node.discovery.answer(get_identity(2).peer_id, None, ask) == first
+        now = discovery_module.time.time()
+        monkeypatch.setattr(discovery_module.time, "time", lambda: now + MAX_TTL_S / 2)
+        later = node.discovery.answer(get_identity(2).peer_id, None, GetAdverts())
+        assert isinstance(later, Adverts) and len(later.adverts) == 1 and later != first
+        assert node.discovery.answer(get_identity(2).peer_id, None, GetAdverts(model_root=OTHER)) == Adverts(adverts=[])
