@@ -110,6 +110,8 @@ async def run_expert_calls(
             for pipe in (process.stdin, process.stdout):
                 assert pipe is not None
                 await pipe.aclose()
+    if not latencies:
+        raise DaaswarmError(f"no call was answered within {seconds:g} s", hint="give --seconds more, or a smaller --batch")
     latencies.sort()
     return {
         "expert": kind,

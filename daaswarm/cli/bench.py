@@ -15,9 +15,12 @@ from daaswarm.cli.options import DataDirOption, JsonOption, open_data_dir, read_
 from daaswarm.cli.output import Output
 from daaswarm.cli.run import run_async, show
 from daaswarm.errors import ConfigError
+from daaswarm.limits import CALL_BODY_BYTES
 from daaswarm.models.sources import DEFAULT_MODEL
 from daaswarm.store.data_dir import DataDir
-from daaswarm.types import DTYPES
+from daaswarm.types import DTYPES, format_bytes
+
+FFN_DIM = 8_192  # the benchmark's weights take 2 GiB
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine and this program.")
 
@@ -68,6 +71,14 @@ def expert(
     """
     if kind not in ("nop", "ffn"):
         raise ConfigError(f"--expert {kind!r} is not known", hint="choose nop or ffn")
+    if dim * batch * 4 > CALL_BODY_BYTES:
+        raise ConfigError(
+            f"--dim {dim} --batch {batch}: a call takes {format_bytes(dim * batch * 4)}, "
+            f"{format_bytes(CALL_BODY_BYTES)} are allowed",
+            hint=f"--batch {max(1, CALL_BODY_BYTES // (4 * dim))} is the most",
+        )
+    if kind == "ffn" and dim > FFN_DIM:
+        raise ConfigError(f"--expert ffn --dim {dim}: {FFN_DIM} is the limit", hint=f"choose --dim {FFN_DIM} or less")
     output = Output(as_json=as_json)
 
     async def run(folder: DataDir, config: Any) -> dict[str, Any]:

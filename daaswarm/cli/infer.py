@@ -73,6 +73,9 @@ def infer(
     folder = open_data_dir(data_dir)
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype!r} is not known", hint=f"choose from {', '.join(DTYPES)}")
+    for option, given in (("--system", system), *(("--stop", text) for text in stop or [])):
+        if given is not None and not is_utf8(given):
+            raise ConfigError(f"{option} is not UTF-8 text", hint="convert it first, with iconv for example")
     if seed is not None and not 0 <= seed < 2**63:
         raise ConfigError(f"--seed {seed} is out of range", hint="choose a number from 0 to 2^63 - 1")
     config = read_config(
@@ -127,12 +130,18 @@ def read_prompt(prompt: str) -> str:
     """
     try:
         text = sys.stdin.read() if prompt == "-" else prompt
-        text.encode()  # an argument that is not UTF-8 arrives with surrogates
-    except UnicodeError as error:
-        raise ConfigError("the prompt is not UTF-8 text", hint="convert it first, with iconv for example") from error
+    except UnicodeDecodeError:
+        text = "\udcff"
+    if not is_utf8(text):
+        raise ConfigError("the prompt is not UTF-8 text", hint="convert it first, with iconv for example")
     if not text.strip():
         raise ConfigError("the prompt is empty", hint='write it like: daaswarm infer "What is a hash table?"')
     return text
+
+
+def is_utf8(text: str) -> bool:
+    """False for what arrived as other bytes: Python hands those on as lone surrogates."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def summarise(result: dict[str, Any]) -> str:

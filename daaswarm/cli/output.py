@@ -46,6 +46,8 @@ class Output:
         """A piece of the answer, as it comes."""
         self.end_progress()
         if not self.as_json:
+            if sys.stdout.isatty():  # hosts have a hand in the text; it must not steer a terminal
+                piece = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in piece)
             sys.stdout.write(piece)
             sys.stdout.flush()
             self._at_line_start = piece.endswith("\n")

@@ -8,7 +8,7 @@ import trio
 from rich.table import Table
 
 from daaswarm.cli.options import DataDirOption, JsonOption, open_data_dir
-from daaswarm.cli.output import Output
+from daaswarm.cli.output import Output, escape
 from daaswarm.cli.run import attach, is_node_running
 from daaswarm.config import get_cache_dir, load_config
 from daaswarm.store.data_dir import DataDir
@@ -56,18 +56,16 @@ def render(found: dict[str, Any], output: Output) -> None:
     state = f"running (process {found['pid']})" if found["running"] else "not running"
     table.add_row("node", state)
     table.add_row("peer id", found["peer_id"] or "none yet: daaswarm init")
-    table.add_row("folder", found["data_dir"])
+    table.add_row("folder", escape(found["data_dir"]))
     for address in found["addrs"]:
         table.add_row("address", address)
     table.add_row("peers", f"{len(found['known_peers'])} known")
     for model in found["hosted"]:
         held = ", ".join(f"{format_range(layers)}: {format_range(ids)}" for layers, ids in group_layers(model["held"]))
-        table.add_row(
-            "serves",
-            f"{model['name']} {model['dtype']}, {format_bytes(model['bytes'])}, layers {held}; {model['calls']} calls",
-        )
+        size, calls = format_bytes(model["bytes"]), model["calls"]
+        table.add_row("serves", escape(f"{model['name']} {model['dtype']}, {size}, layers {held}; {calls} calls"))
     for model in found["models"]:
-        table.add_row("model", f"{model['name']} ({model['root'][:12]}) in {model['folder']}")
+        table.add_row("model", escape(f"{model['name']} ({model['root'][:12]}) in {model['folder']}"))
     output.answers.print(table)
 
 

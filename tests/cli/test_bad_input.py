@@ -192,6 +192,8 @@ def test_slices_and_experts_of_a_dense_model(refused: Callable[..., Said], dense
         (["--seed", str(2**63)], "--seed"),
         (["--dtype", "int4"], "--dtype 'int4'"),
         (["--embedded", "0"], "embedded"),
+        (["--stop", "\udcff"], "--stop is not UTF-8"),
+        (["--system", "\udcff"], "--system is not UTF-8"),
         (["--bootstrap", "nonsense"], "nonsense"),
         (["--bootstrap", ""], "is not"),
         (["--bootstrap", "/ip4/127.0.0.1/tcp/1"], "names no PeerId"),
@@ -322,6 +324,8 @@ def test_a_folder_that_is_a_file(refused: Callable[..., Said], home: Path, comma
         (["bench", "parity", "--dtype", "f8"], "f8"),
         (["bench", "expert", "--expert", "magic"], "magic"),
         (["bench", "expert", "--callers", "x"], "callers"),
+        (["bench", "expert", "--dim", "65536", "--batch", "65536"], "--dim 65536 --batch 65536: a call takes 17.2 GB"),
+        (["bench", "expert", "--expert", "ffn", "--dim", "65536"], "8192 is the limit"),
     ],
 )
 def test_usage(refused: Callable[..., Said], arguments: list[str], said: str) -> None:

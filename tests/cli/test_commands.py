@@ -228,3 +228,20 @@ def test_a_model_in_this_folder_becomes_a_path(tmp_path: Path, monkeypatch: pyte
     (tmp_path / DEFAULT_MODEL).mkdir()
     assert locate_model("mine") == str(tmp_path / "mine")
     assert locate_model(DEFAULT_MODEL) == DEFAULT_MODEL and locate_model("absent") == "absent"
+
+
+def test_status_of_a_folder_with_an_odd_name(ask: Callable[..., str], tmp_path: Path) -> None:
+    assert "[/x] :x:" in ask("status", "--data-dir", str(tmp_path / "[/x] :x:")).replace("\n", " ").replace("  ", "")
+
+
+def test_a_terminal_is_not_steered_by_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream, shown in ((Terminal(), "a\ufffd[2J\té\n"), (io.StringIO(), "a\x1b[2J\té\n")):
+        monkeypatch.setattr("sys.stdout", stream)
+        Output(as_json=False).text("a\x1b[2J\té\n")
+        assert stream.getvalue() == shown
