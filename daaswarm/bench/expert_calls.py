@@ -111,7 +111,9 @@ async def run_expert_calls(
                 assert pipe is not None
                 await pipe.aclose()
     if not latencies:
-        raise DaaswarmError(f"no call was answered within {seconds:g} s", hint="give --seconds more, or a smaller --batch")
+        raise DaaswarmError(
+            f"no call was answered within {seconds:g} s", hint="give --seconds more, or a smaller --batch"
+        )
     latencies.sort()
     return {
         "expert": kind,

@@ -75,12 +75,13 @@ class Share:
     failed: set[PeerId] = field(default_factory=set)
     waits: int = 0
     refreshed: bool = False  # the swarm was asked again for it, once
+    busy: set[PeerId] = field(default_factory=set)  # refused it just now
 
     def restrict(self, experts: list[int]) -> Share:
         """The part of this share that only these experts do."""
         if self.pair_experts is None:
             part = Share(experts, self.rows, self.into, failed=set(self.failed))
-            part.waits, part.refreshed = self.waits, self.refreshed
+            part.waits, part.refreshed, part.busy = self.waits, self.refreshed, set(self.busy)
             return part
         assert self.pair_rows is not None and self.pair_weights is not None
         mine = torch.isin(self.pair_experts, torch.tensor(experts))
@@ -93,7 +94,7 @@ class Share:
             self.pair_weights[mine],
             set(self.failed),
         )
-        part.waits, part.refreshed = self.waits, self.refreshed
+        part.waits, part.refreshed, part.busy = self.waits, self.refreshed, set(self.busy)
         return part
 
     def get_demand(self) -> dict[int, int]:
@@ -278,14 +279,21 @@ class SwarmExperts:
         """Split a share over the replicas that shall compute it."""
         candidates = self.plan.by_layer[layer]
         left_out = share.failed | self._dead
-        if any(left_out.issuperset(candidates.get(e, ())) for e in share.experts):
+        if self._is_nobody_left(layer, share, left_out):
             self._find_more(layer, share)
             candidates = self.plan.by_layer[layer]
             left_out = share.failed | self._dead
+        if share.busy and not self._is_nobody_left(layer, share, left_out | share.busy):
+            left_out |= share.busy
         chosen = self._router.choose(layer, share.get_demand(), candidates, time.monotonic(), left_out)
         if len(chosen) == 1:
             return [(peer, share) for peer in chosen]
         return [(peer, share.restrict(experts)) for peer, experts in sorted(chosen.items())]
+
+    def _is_nobody_left(self, layer: int, share: Share, left_out: set[PeerId]) -> bool:
+        """Is there an expert of the share that only peers in ``left_out`` hold?"""
+        candidates = self.plan.by_layer[layer]
+        return any(left_out.issuperset(candidates.get(e, ())) for e in share.experts)
 
     def _find_more(self, layer: int, share: Share) -> None:
         """Ask the swarm again for hosts; the dead stay out unless they answered.
@@ -301,7 +309,7 @@ class SwarmExperts:
                 self._dead.clear()
                 share.failed.clear()
         left_out = share.failed | self._dead
-        if any(left_out.issuperset(self.plan.by_layer[layer].get(e, ())) for e in share.experts):
+        if self._is_nobody_left(layer, share, left_out):
             missing = self.plan.get_missing(frozenset(left_out))
             raise self.plan.describe_missing(missing, self._model_name)
 
@@ -370,7 +378,10 @@ class SwarmExperts:
         self.retries += 1
         if isinstance(error, Busy) and share.waits < BUSY_RETRIES:
             share.waits += 1
-            self.stop.wait(min(error.retry_after_s, self._call_timeout_s))
+            share.busy.add(peer)
+            if self._is_nobody_left(layer, share, share.failed | self._dead | share.busy):
+                share.busy.clear()
+                self.stop.wait(min(error.retry_after_s, self._call_timeout_s))
             return
         share.failed.add(peer)
         self._router.note_failure(peer, time.monotonic())

@@ -74,7 +74,7 @@ async def open_libp2p_host(
 
     # A stranger's garbage makes libp2p log tracebacks; what matters is logged here, in a line.
     libp2p_log = logging.getLogger("libp2p")
-    if libp2p_log.level == logging.NOTSET:
+    if libp2p_log.level in (logging.NOTSET, logging.WARNING):  # WARNING is what its import sets
         libp2p_log.setLevel(logging.CRITICAL)
     listen = [Multiaddr("/ip4/127.0.0.1/tcp/0"), Multiaddr("/ip4/127.0.0.1/tcp/0/ws")]
     host = libp2p.new_host(

@@ -32,6 +32,7 @@ def home(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data directory and a cache that are not the user's; the current folder is an empty one."""
     monkeypatch.setenv("DAASWARM_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("DAASWARM_CACHE", str(cache))
+    monkeypatch.setenv("DAASWARM_NETWORK_LIBP2P", "false")  # py-libp2p leaks a socket when its start is cut short
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "home"

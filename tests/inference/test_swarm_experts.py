@@ -280,6 +280,20 @@ async def test_a_busy_host_is_waited_for(moe_model: LocalModel) -> None:
         assert refused == experts.retries == 3 and swarm.refreshes == 0
 
 
+async def test_a_busy_host_is_not_waited_for_where_another_is_free(moe_model: LocalModel) -> None:
+    async def refuse(host: Host, call: ExpertCall, body: memoryview) -> Any:
+        raise Busy("full", retry_after_s=8.0)
+
+    async with open_swarm(moe_model, all_of(moe_model, [0]), all_of(moe_model, [0])) as swarm:
+        inputs = make_inputs(moe_model, 3)
+        for busy in swarm.hosts:
+            busy.behave = refuse
+            with trio.fail_after(5):
+                assert_same(await compute(swarm.make_experts(), 0, inputs), compute_here(moe_model, 0, inputs))
+            busy.behave = None
+        assert any(host.calls for host in swarm.hosts)
+
+
 async def test_a_host_that_stays_busy_is_given_up(moe_model: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(swarm_experts, "BUSY_RETRIES", 3)
 
