@@ -57,6 +57,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class DenseSlices:
     """Some slices of one dense FFN.
 
+    The weights are kept input-major, gate and up as one matrix: a row of hidden states times such a matrix reads
+    memory in order, which for one row (decoding) was measured 1.4 times as fast as ``functional.linear``.
+
     Args:
         ids: the slices held, ascending.
         gate, up: (held * width, hidden).
@@ -77,9 +80,11 @@ class DenseSlices:
     ) -> None:
         self.ids = ids
         self.act = ACTIVATIONS[activation]
-        self.gate, self.up, self.down = gate, up, down
+        self.held = gate.shape[0]
+        self.gate_up = torch.cat((gate.t(), up.t()), 1)  # (hidden, 2 * held * width)
+        self.down = down.t().contiguous()  # (held * width, hidden)
         self.gate_bias, self.up_bias, self.down_bias = gate_bias, up_bias, down_bias
-        self.width = gate.shape[0] // len(ids)
+        self.width = self.held // len(ids)
         self.place = {number: i for i, number in enumerate(ids)}
 
     def compute(self, rows: Tensor, slices: list[int]) -> Tensor:
@@ -88,29 +93,36 @@ class DenseSlices:
         Slices that lie next to each other are one matrix; all held slices, the usual case, always are.
         """
         if slices == self.ids:
-            return self._compute_run(rows, 0, len(slices), bias=True)
+            return self._compute_whole(rows)
         places = sorted(self.place[number] for number in set(slices))
         total: Tensor | None = None
         start = 0
         for i in range(1, len(places) + 1):
             if i == len(places) or places[i] != places[i - 1] + 1:
-                part = self._compute_run(rows, places[start], places[i - 1] + 1, bias=0 in slices and start == 0)
+                part = self._compute_run(rows, places[start] * self.width, (places[i - 1] + 1) * self.width)
                 total = part if total is None else total.add_(part)
                 start = i
         if total is None:
             return torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
-        return total
+        return total if self.down_bias is None or 0 not in slices else total.add_(self.down_bias)
 
-    def _compute_run(self, rows: Tensor, first: int, last: int, *, bias: bool) -> Tensor:
-        a, b = first * self.width, last * self.width
-        gate, up, down = self.gate, self.up, self.down
-        gate_bias, up_bias = self.gate_bias, self.up_bias
-        if last - first < len(self.ids):
-            gate, up, down = gate[a:b], up[a:b], down[:, a:b]
-            gate_bias = None if gate_bias is None else gate_bias[a:b]
-            up_bias = None if up_bias is None else up_bias[a:b]
-        h = self.act(functional.linear(rows, gate, gate_bias)).mul_(functional.linear(rows, up, up_bias))
-        return functional.linear(h, down, self.down_bias if bias else None).float()
+    def _compute_whole(self, rows: Tensor) -> Tensor:
+        gate, up = (rows @ self.gate_up).split(self.held, 1)
+        sums = (self._activate(gate, up, slice(None)) @ self.down).float()
+        return sums if self.down_bias is None else sums.add_(self.down_bias)
+
+    def _compute_run(self, rows: Tensor, first: int, last: int) -> Tensor:
+        """Columns ``first`` to ``last`` of the held part of the intermediate dimension, without the last bias."""
+        gate = rows @ self.gate_up[:, first:last]
+        up = rows @ self.gate_up[:, self.held + first : self.held + last]
+        return (self._activate(gate, up, slice(first, last)) @ self.down[first:last]).float()
+
+    def _activate(self, gate: Tensor, up: Tensor, part: slice) -> Tensor:
+        if self.gate_bias is not None:
+            gate = gate + self.gate_bias[part]
+        if self.up_bias is not None:
+            up = up + self.up_bias[part]
+        return self.act(gate).mul_(up)
 
 
 def find_formula(
