@@ -115,6 +115,20 @@ class ExpertError(DaaswarmError):
     code = "expert_error"
 
 
+class Interrupted(DaaswarmError):
+    """The user stopped it. Exit code 130.
+
+    Args:
+        text: what had been generated before.
+    """
+
+    code = "interrupted"
+
+    def __init__(self, message: str, *, hint: str = "", text: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.text = text
+
+
 class NoPeerCouldServe(DaaswarmError):
     """No live host for some experts. Exit code 3.
 
@@ -144,6 +158,8 @@ def get_exit_code(error: DaaswarmError) -> int:
     """The exit code of the command line for an error (the contract is in ``docs/reference/exit-codes.md``)."""
     if isinstance(error, ConfigError):
         return EXIT_BAD_INPUT
+    if isinstance(error, Interrupted):
+        return EXIT_INTERRUPTED
     if isinstance(error, NoPeerCouldServe | Unreachable):
         return EXIT_NO_PEER
     return EXIT_FAILED

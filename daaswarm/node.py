@@ -16,11 +16,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import trio
 
 from daaswarm import __version__
 from daaswarm.api.control import serve_control
-from daaswarm.config import Config, get_cache_dir
+from daaswarm.config import Config, NetworkConfig, get_cache_dir
 from daaswarm.core.adverts import choose_dtype
 from daaswarm.core.placement import choose_experts
 from daaswarm.core.signing import get_swarm_id
@@ -515,6 +516,9 @@ async def run_node(data_dir: DataDir, config: Config, emit: Emit, *, host: Event
 async def ask_once(data_dir: DataDir, config: Config, emit: Emit, params: Event, *, serve: bool) -> Event:
     """``infer`` where no node runs: a node for one answer. It accepts connections only if ``serve`` or embedded."""
     embedded = params["embedded"] is not None or not config.network.bootstrap
+    if embedded and not serve:  # for hosts on this machine, whatever the settings say of others
+        network = msgspec.structs.replace(config.network, listen=NetworkConfig().listen, announce=[])
+        config = msgspec.structs.replace(config, network=network)
     async with open_node(data_dir, config, listen=serve or embedded, libp2p=False) as node:
         return await node.infer({**params, "bootstrap": config.network.bootstrap}, emit)
 

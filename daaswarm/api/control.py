@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 def describe_error(error: DaaswarmError) -> dict[str, Any]:
     """The ``{"error": ...}`` object of the command contract."""
     described: dict[str, Any] = {"error": {"code": error.code, "message": error.message, "hint": error.hint}}
+    described["text"] = getattr(error, "text", "")
     if isinstance(error, NoPeerCouldServe):
-        described["text"] = error.text
         described["missing"] = {str(layer): experts for layer, experts in error.missing.items()}
     return described
 

@@ -15,7 +15,14 @@ from daaswarm import __version__
 from daaswarm.api.control import RemoteError
 from daaswarm.cli import bench, config, host_expert, infer, init, join, status
 from daaswarm.cli.output import Output
-from daaswarm.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, ConfigError, DaaswarmError, get_exit_code
+from daaswarm.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    ConfigError,
+    DaaswarmError,
+    Interrupted,
+    get_exit_code,
+)
 
 app = typer.Typer(
     name="daaswarm",
@@ -81,7 +88,10 @@ def run(arguments: list[str]) -> int:
         output.error(error, error.described)
         return error.exit_code
     except DaaswarmError as error:
-        output.error(error)
+        if isinstance(error, Interrupted) and not output.as_json:
+            output.message("interrupted")  # the user knows why
+        else:
+            output.error(error)
         return get_exit_code(error)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

@@ -102,13 +102,14 @@ def host_expert(
 
         async with ended_by_eof(until_eof):
             if is_node_running(folder):
-                await attach(folder, "host", params, output)
+                await attach(folder, "host", params, partial(_show, output))
             else:
                 from daaswarm.node import run_node
 
                 await run_node(folder, config, partial(_show, output), host=params)
 
     code = run_async(run, config)
+    output.json({"event": "stopped"})
     output.message("stopped")
     raise typer.Exit(code)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -20,7 +19,7 @@ from daaswarm.cli.options import (
 )
 from daaswarm.cli.output import Output
 from daaswarm.cli.run import attach, is_node_running, run_async, show
-from daaswarm.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError
+from daaswarm.errors import ConfigError, Interrupted
 from daaswarm.types import DTYPES, format_bytes
 
 
@@ -103,22 +102,27 @@ def infer(
         "bootstrap": bootstrap or [],
     }
     result: dict[str, Any] = {}
+    written: list[str] = []
+
+    async def show_and_keep(event: dict[str, Any]) -> None:
+        if event.get("event") == "text":
+            written.append(event["text"])
+        show(event, output)
 
     async def run() -> None:
         if is_node_running(folder):
-            result.update(await attach(folder, "infer", params, output))
+            result.update(await attach(folder, "infer", params, show_and_keep))
         else:
             from daaswarm.node import ask_once
 
-            result.update(await ask_once(folder, config, partial(_show, output), params, serve=listen is not None))
+            result.update(await ask_once(folder, config, show_and_keep, params, serve=listen is not None))
 
     code = run_async(run, config)
-    if not result and code == EXIT_OK:
-        code = EXIT_INTERRUPTED  # told to stop by SIGTERM: there is no answer
-    if result:
-        output.end_line()
-        output.json(result)
-        output.message(summarise(result))
+    if not result:  # by Ctrl-C, or told to stop by SIGTERM
+        raise Interrupted("the answer was interrupted", text="".join(written))
+    output.end_line()
+    output.json(result)
+    output.message(summarise(result))
     raise typer.Exit(code)
 
 
@@ -154,7 +158,3 @@ def summarise(result: dict[str, Any]) -> str:
         f"[{result['completion_tokens']} tokens, {result['tokens_per_s']:.1f}/s, by {where}: {hosts}; "
         f"{result['calls']} calls, {format_bytes(moved)}{retries}]"
     )
-
-
-async def _show(output: Output, event: dict[str, Any]) -> None:
-    show(event, output)

@@ -36,6 +36,7 @@ def join(
     folder = open_data_dir(data_dir)
     config = read_config(folder, bootstrap=bootstrap, listen=listen, announce=announce)
     code = run_async(partial(run_node, folder, config, partial(_show, output)), config)
+    output.json({"event": "stopped"})
     output.message("stopped")
     raise typer.Exit(code)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import trio
 
-from daaswarm.api.control import is_running, request
+from daaswarm.api.control import Emit, is_running, request
 from daaswarm.cli.output import Output
 from daaswarm.config import Config
 from daaswarm.errors import EXIT_INTERRUPTED, EXIT_OK, unwrap_groups
@@ -50,13 +50,13 @@ def run_async(command: Command, config: Config) -> int:
     return EXIT_OK
 
 
-async def attach(data_dir: DataDir, method: str, params: dict[str, Any], output: Output) -> dict[str, Any]:
-    """Have the node that runs on ``data_dir`` do it; shows its events, returns its result."""
+async def attach(data_dir: DataDir, method: str, params: dict[str, Any], emit: Emit) -> dict[str, Any]:
+    """Have the node that runs on ``data_dir`` do it; its events go to ``emit``. Returns its result."""
     async with aclosing(request(data_dir.socket_path, method, params)) as events:
         async for event in events:
             if "result" in event:
                 return event["result"]
-            show(event, output)
+            await emit(event)
     raise AssertionError("request() ends with a result or an error")
 
 

@@ -23,7 +23,7 @@ def status(data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
     output = Output(as_json=as_json)
     folder = open_data_dir(data_dir)
     if is_node_running(folder):
-        found = trio.run(attach, folder, "status", {}, output)
+        found = trio.run(attach, folder, "status", {}, _ignore)
     else:
         found = read_disk(folder)
     if as_json:
@@ -75,3 +75,7 @@ def group_layers(held: dict[str, list[int]]) -> list[tuple[list[int], list[int]]
     for layer, ids in held.items():
         groups.setdefault(tuple(ids), []).append(int(layer))
     return [(layers, list(ids)) for ids, layers in groups.items()]
+
+
+async def _ignore(event: dict[str, Any]) -> None:
+    """``status`` has no events."""

@@ -84,7 +84,8 @@ async def test_an_error_comes_over_as_it_was(path: Path) -> None:
         with pytest.raises(RemoteError, match="unknown method 'x'") as info:
             await ask(path, "x", {})
         assert info.value.exit_code == 2 and info.value.hint == "none"
-        assert info.value.described == {"error": {"code": "bad_input", "message": "unknown method 'x'", "hint": "none"}}
+        error = {"code": "bad_input", "message": "unknown method 'x'", "hint": "none"}
+        assert info.value.described == {"error": error, "text": ""}
         with pytest.raises(RemoteError) as info:
             await ask(path, "grouped", {})
         assert info.value.exit_code == 3

@@ -172,6 +172,7 @@ def test_interrupting_an_answer_leaves_no_process(moe: Path, cache: Path, tmp_pa
         assert asking.stop(signal.SIGINT) == 130
         gone, alive = psutil.wait_procs(children, timeout=10)
         assert len(gone) == len(children) and not alive
+        assert asking.wait()[1]["error"]["code"] == "interrupted"
     assert not [line for line in asking.errors if "Traceback" in line]
 
 
