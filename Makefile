@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test check format bench fuzz soak kill-store clean
 
 help:
 	@echo "make demo    set up, then ask a real model whose experts sit on three host processes"
@@ -15,6 +15,9 @@ help:
 	@echo "make check   lint, types, import rules"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make bench   parity, speed ratio and expert calls on this machine"
+	@echo "make fuzz    coverage-guided fuzzing of all that strangers' bytes reach (MINUTES=10 in all)"
+	@echo "make soak    a swarm under a nemesis (MINUTES=30 HOSTS=4 REQUESTERS=3 SEED=0)"
+	@echo "make kill-store  kill -9 of a node that writes, 100 times; nothing acknowledged may be lost (KILLS=100)"
 	@echo "make clean   remove the virtual environment and caches of this folder"
 
 $(VENV)/torch.stamp:
@@ -53,6 +56,25 @@ bench: $(VENV)/run.stamp
 	$(BIN)/daaswarm bench expert --expert nop --callers 1
 	$(BIN)/daaswarm bench expert --expert nop --callers 64
 	$(BIN)/daaswarm bench expert --expert ffn --callers 64
+
+$(VENV)/fuzz.stamp: $(VENV)/dev.stamp
+	$(PIP) install --quiet --editable ".[fuzz]"
+	touch $@
+
+fuzz: MINUTES ?= 10
+fuzz: $(VENV)/fuzz.stamp
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
+
+soak: MINUTES ?= 30
+soak: HOSTS ?= 4
+soak: REQUESTERS ?= 3
+soak: SEED ?= 0
+soak: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --hosts $(HOSTS) --requesters $(REQUESTERS) --seed $(SEED)
+
+kill-store: KILLS ?= 100
+kill-store: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks.kill_store --kills $(KILLS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -19,7 +19,7 @@ import tomli_w
 from msgspec import Meta
 
 from daaswarm.errors import ConfigError
-from daaswarm.types import Dtype, parse_bytes
+from daaswarm.types import Dtype, parse_bytes, parse_quiet_hours
 
 ENV_HOME = "DAASWARM_HOME"
 ENV_CACHE = "DAASWARM_CACHE"
@@ -40,9 +40,13 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
 class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What this node gives."""
 
-    memory: str = "2GB"
+    memory: str = "2GB"  # all experts together
     dtype: Dtype = "f32"
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0  # 0: one per core
+    nice: Annotated[int, Meta(ge=0, le=19)] = 0  # how far behind other programs this one stands
+    quiet_hours: list[str] = []  # local time, like 08:00-18:00
+    pause_when_busy: Annotated[float, Meta(ge=0, le=1)] = 0.0  # of all cores, used by other programs; 0: never
+    upload: str = ""  # bytes a second of replies and model pieces, like 50MB; empty: no limit
 
 
 class InferConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,9 +62,10 @@ class InferConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LogConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What is logged, to standard error."""
+    """What is logged, to standard error and to the log file of a node."""
 
     level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$")] = "warning"
+    file_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$")] = "info"
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -166,11 +171,17 @@ def convert(key: str, value: object, *, source: str) -> Any:
         reason = str(error).replace("`", "").replace("Expected", "expected")
         hint = f"see daaswarm config get {key}, or docs/reference/config.md"
         raise ConfigError(f"{source}: {key} = {value!r} is not valid: {reason}", hint=hint) from error
-    if key == "host.memory":
+    if key == "host.memory" or (key == "host.upload" and converted):
         try:
             parse_bytes(converted, option=key)
         except ConfigError as error:
             raise ConfigError(f"{source}: {error.message}", hint="write it like 4GB or 512MiB") from error
+    elif key == "host.quiet_hours":
+        for hours in converted:
+            try:
+                parse_quiet_hours(hours, option=key)
+            except ConfigError as error:
+                raise ConfigError(f"{source}: {error.message}", hint="write it like 08:00-18:00") from error
     elif isinstance(converted, float) and not math.isfinite(converted):  # NaN passes every comparison with a bound
         raise ConfigError(f"{source}: {key} = {value!r} is not valid: not a number", hint="write a number")
     return converted

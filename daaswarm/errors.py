@@ -129,6 +129,26 @@ class Interrupted(DaaswarmError):
         self.text = text
 
 
+class OutputLost(DaaswarmError):
+    """Standard output can't be written to.
+
+    Args:
+        is_closed: its reader went away, which is no failure (``| head``): exit code 141, and nothing is said.
+    """
+
+    code = "output_lost"
+
+    def __init__(self, message: str, *, hint: str = "", is_closed: bool = False) -> None:
+        super().__init__(message, hint=hint)
+        self.is_closed = is_closed
+
+
+class StorageError(DaaswarmError):
+    """The disk has to be seen to: full, read-only, or a file that can't be read. A running node goes on without it."""
+
+    code = "storage"
+
+
 class NoPeerCouldServe(DaaswarmError):
     """No live host for some experts. Exit code 3.
 
@@ -151,7 +171,8 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_NO_PEER = 3
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
+EXIT_PIPE_CLOSED = 141  # 128 + SIGPIPE: what a program has that dies of it
 
 
 def get_exit_code(error: DaaswarmError) -> int:
@@ -160,6 +181,8 @@ def get_exit_code(error: DaaswarmError) -> int:
         return EXIT_BAD_INPUT
     if isinstance(error, Interrupted):
         return EXIT_INTERRUPTED
+    if isinstance(error, OutputLost) and error.is_closed:
+        return EXIT_PIPE_CLOSED
     if isinstance(error, NoPeerCouldServe | Unreachable):
         return EXIT_NO_PEER
     return EXIT_FAILED

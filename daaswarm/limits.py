@@ -9,11 +9,13 @@ CHUNK_BYTES = 256 * KIB  # a frame's body; larger bodies travel in chunks, so th
 CALL_BODY_BYTES = 256 * MIB  # a call's whole body: 4,096 rows x 16,384 x f32
 WINDOW_BYTES = 4 * MIB  # of a call's body may be sent before the receiver grants more
 INBOUND_BYTES = 512 * MIB  # all unfinished bodies of a node together; past it no window is granted
+INBOUND_BYTES_PER_PEER = 64 * MIB  # one peer's part of that; four such peers fill the half that is shared
 
 CALLS_PER_PEER = 256  # in flight on one connection
 CALLS_PER_HOST = 4_096  # in flight on one node
 CONNECTIONS_PER_PEER = 4  # one is enough; more only while they are being replaced
 CONNECTIONS = 1_024  # file descriptors
+CONNECTIONS_PER_ADDRESS = 256  # inbound ones of one IP address, or IPv6 /64: PeerIds cost nothing, addresses do
 HANDSHAKES_PER_ADDRESS = 32  # unproven connections of one IP address at once
 
 HANDSHAKE_S = 5.0  # TLS and both proofs; a silent listener must not hold a dialer

@@ -9,6 +9,7 @@ Adding a field with a default keeps old peers readable; changing or removing one
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import msgspec
@@ -122,6 +123,7 @@ class Advert(msgspec.Struct, frozen=True, kw_only=True):
     seq: Annotated[int, Meta(ge=0)]
     expires_at: float  # Unix time, s
     withdrawn: bool = False
+    paused: bool = False  # computes nothing for others at the moment; calls get Busy
 
 
 # -- Kademlia -----------------------------------------------------------------------------------------------------
@@ -220,19 +222,70 @@ class Failure(Message, frozen=True, kw_only=True, tag="failure"):
     retry_after_s: float = 0.0
 
 
-Request = Ping | FindNode | FindValue | Store | GetAdverts | ExpertCall | Reopen
-Reply = Pong | Found | Stored | Adverts | ExpertReply | Failure
+# -- models -------------------------------------------------------------------------------------------------------
+
+
+class GetModelPart(Message, frozen=True, kw_only=True, tag="get_part"):
+    """Some bytes of a model that the peer hosts: of its manifest, of a small file, or of a tensor as it is on disk.
+
+    What is meant is named as the manifest names it, never by a path of the peer's.
+    """
+
+    model_root: RootText
+    kind: Annotated[str, Meta(pattern="^(manifest|file|tensor)$")]
+    name: Text = ""  # of the file or tensor
+    offset: Annotated[int, Meta(ge=0, lt=1 << 62)] = 0
+    size: Annotated[int, Meta(ge=1, le=1 << 20)]
+
+
+class ModelPart(Message, frozen=True, kw_only=True, tag="part"):
+    """Body: the bytes asked for, fewer at the end. Whoever asked checks them against the model's root."""
+
+    total: Annotated[int, Meta(ge=0, lt=1 << 62)]  # bytes of the manifest, file or tensor
+
+
+Request = Ping | FindNode | FindValue | Store | GetAdverts | ExpertCall | Reopen | GetModelPart
+Reply = Pong | Found | Stored | Adverts | ExpertReply | ModelPart | Failure
 Handshake = Hello | Prove | Welcome | Failure
 AnyMessage = Hello | Prove | Welcome | Request | Reply
 
 _encoder = msgspec.msgpack.Encoder()
 _decoders: dict[object, msgspec.msgpack.Decoder[object]] = {}
+_decodes: dict[object, Callable[[bytes], object]] = {}
 
 encode = _encoder.encode
 
 
+def decode(kind: object, data: bytes) -> object:
+    """``data`` of a peer as a message union or record struct.
+
+    Raises:
+        msgspec.DecodeError: whatever is wrong with the bytes.
+    """
+    return get_decode(kind)(data)
+
+
+def get_decode(kind: object) -> Callable[[bytes], object]:
+    """:func:`decode` for one kind, cached; for whoever decodes many."""
+    decode_kind = _decodes.get(kind)
+    if decode_kind is None:
+        decode_kind = _decodes[kind] = _guard(get_decoder(kind).decode)
+    return decode_kind
+
+
+def _guard(decode_kind: Callable[[bytes], object]) -> Callable[[bytes], object]:
+    def guarded(data: bytes) -> object:
+        try:
+            return decode_kind(data)
+        except (RecursionError, ValueError) as error:  # ValueError: text that isn't UTF-8
+            # msgspec lets these two out as they are, and no caller expects them of it.
+            raise msgspec.DecodeError(f"neither deeply nested nor broken text is accepted: {error}") from None
+
+    return guarded
+
+
 def get_decoder(kind: object) -> msgspec.msgpack.Decoder[object]:
-    """A cached typed decoder for a message union or record struct; raises ``msgspec.DecodeError`` on bad input."""
+    """A cached typed decoder for a message union or record struct. For bytes of a peer take :func:`decode`."""
     decoder = _decoders.get(kind)
     if decoder is None:
         decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)  # type: ignore[arg-type]

@@ -92,3 +92,25 @@ def format_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
+
+
+def parse_quiet_hours(text: str, *, option: str) -> tuple[int, int]:
+    """``"08:00-18:00"`` → ``(480, 1080)``, in minutes of the day. ``"22:00-06:00"`` spans midnight.
+
+    Raises:
+        ConfigError: not two times of the day, or the same twice.
+    """
+    minutes: list[int] = []
+    for part in text.split("-"):
+        hour, colon, minute = part.strip().partition(":")
+        digits = hour.isdecimal() and minute.isdecimal() and hour.isascii() and minute.isascii() and len(minute) == 2
+        if not (colon and digits and len(hour) <= 2 and int(hour) * 60 + int(minute) <= 24 * 60 and int(minute) < 60):
+            break
+        minutes.append((int(hour) * 60 + int(minute)) % (24 * 60))
+    if len(minutes) != 2 or text.count("-") != 1:
+        raise ConfigError(f"{option} {text!r} is not a time of the day", hint=f"write it like {option} 08:00-18:00")
+    if minutes[0] == minutes[1]:
+        raise ConfigError(
+            f"{option} {text!r} begins when it ends", hint="a host that is never to compute need not be started"
+        )
+    return minutes[0], minutes[1]

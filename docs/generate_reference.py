@@ -46,6 +46,7 @@ MEANINGS = {
     "infer.call_timeout_s": "Deadline of one call to a host, seconds.",
     "infer.embedded_hosts": "Host processes that `infer` starts when there is no swarm to ask.",
     "infer.threads": "Threads of the requester's own part of the model; 0 leaves the choice to torch.",
+    "log.file_level": "What `join` and `host-expert` write to `logs/node.log` in the data directory.",
     "log.level": "What is logged to standard error: `debug`, `info`, `warning` or `error`.",
 }
 

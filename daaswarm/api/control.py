@@ -1,8 +1,8 @@
 """The control socket: how ``status``, ``host-expert`` and ``infer`` reach a node that already runs.
 
 A Unix socket, mode 0600, in the data directory. The client sends a line of JSON, ``{"method": ..., "params": {...}}``;
-the node answers with lines of JSON, events first, ``{"result": ...}`` or ``{"error": ...}`` last. A client that
-goes away cancels what it asked for.
+the node answers with lines of JSON: ``{"event": "accepted"}`` at once, then the method's events, ``{"result": ...}`` or
+``{"error": ...}`` last. A client that goes away cancels what it asked for.
 """
 
 from __future__ import annotations
@@ -15,18 +15,32 @@ import socket
 import stat
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import trio
 
-from daaswarm.errors import ConfigError, DaaswarmError, NoPeerCouldServe, Offline, get_exit_code, unwrap_groups
+from daaswarm.errors import (
+    ConfigError,
+    DaaswarmError,
+    NoPeerCouldServe,
+    Offline,
+    RemoteProtocolError,
+    TooLarge,
+    get_exit_code,
+    unwrap_groups,
+)
+from daaswarm.types import format_bytes
 
 LINE_BYTES = 16 << 20  # a prompt of the longest context, with room
 CLIENTS = 64  # at once; each may hold a generation
 REQUEST_S = 10.0  # for the request line: a local client has it at hand
+ACCEPTED_S = 15.0  # for the node to say that it heard: at once, unless it is stopped, or its loop is stuck
 ACCEPT_PAUSE_S = 0.1  # when there are no file descriptors left
 
+ACCEPTED = {"event": "accepted"}
+
+T = TypeVar("T")
 Emit = Callable[[dict[str, Any]], Awaitable[None]]
 ControlHandler = Callable[[str, dict[str, Any], Emit], Awaitable[dict[str, Any]]]
 
@@ -115,8 +129,9 @@ async def _serve_client(stream: trio.SocketStream, handler: ControlHandler, limi
     turn = trio.Lock()  # several tasks of one request may report at the same time
 
     async def emit(event: dict[str, Any]) -> None:
+        line = _encode_line(event)
         async with turn:
-            await stream.send_all(msgspec.json.encode(event) + b"\n")
+            await stream.send_all(line)
 
     async def watch(scope: trio.CancelScope) -> None:
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
@@ -128,15 +143,15 @@ async def _serve_client(stream: trio.SocketStream, handler: ControlHandler, limi
         async with stream:
             try:
                 with trio.fail_after(REQUEST_S):
-                    line = await _read_line(stream)
-                asked = msgspec.json.decode(line, type=Asked)
-            except (trio.TooSlowError, trio.BrokenResourceError, msgspec.MsgspecError, EOFError) as error:
+                    asked = _decode_line(await _Lines(stream).read(), Asked)
+                    await emit(ACCEPTED)
+            except (trio.TooSlowError, trio.BrokenResourceError, DaaswarmError, EOFError) as error:
                 logger.info("control socket: bad request: %s", error)
                 return
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(watch, nursery.cancel_scope)
                 try:
-                    with unwrap_groups():
+                    with unwrap_groups(trio.BrokenResourceError, trio.ClosedResourceError):
                         result = await handler(asked.method, asked.params, emit)
                     await emit({"result": result})
                 except (trio.BrokenResourceError, trio.ClosedResourceError):
@@ -154,16 +169,53 @@ async def _serve_client(stream: trio.SocketStream, handler: ControlHandler, limi
         limiter.release()
 
 
-async def _read_line(stream: trio.SocketStream) -> bytes:
-    line = bytearray()
-    while not line.endswith(b"\n"):
-        data = await stream.receive_some(65_536)
-        if not data:
-            raise EOFError("ended before a line")
-        line += data
-        if len(line) > LINE_BYTES:
-            raise EOFError("line too long")
-    return bytes(line)
+class _Lines:
+    """The lines that arrive on a stream, each up to LINE_BYTES."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+        self._buffer = bytearray()
+        self._searched = 0  # bytes known to hold no line's end
+
+    async def read(self) -> bytes:
+        """The next line.
+
+        Raises:
+            EOFError: the stream ended, or broke, before the line did.
+            RemoteProtocolError: it is too long.
+        """
+        buffer = self._buffer
+        while (end := buffer.find(b"\n", self._searched)) < 0:
+            self._searched = len(buffer)
+            if len(buffer) > LINE_BYTES:
+                raise RemoteProtocolError(f"a line of more than {format_bytes(LINE_BYTES)}")
+            try:
+                data = await self._stream.receive_some(65_536)
+            except trio.BrokenResourceError:
+                data = b""
+            if not data:
+                raise EOFError("ended before a line")
+            buffer += data
+        line = bytes(buffer[:end])
+        del buffer[: end + 1]
+        self._searched = 0
+        return line
+
+
+def _encode_line(value: dict[str, Any]) -> bytes:
+    line = msgspec.json.encode(value) + b"\n"
+    if len(line) > LINE_BYTES:
+        raise TooLarge(
+            f"{format_bytes(len(line))} at once to or from the node; {format_bytes(LINE_BYTES)} is the limit"
+        )
+    return line
+
+
+def _decode_line(line: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(line, type=kind)
+    except (msgspec.MsgspecError, RecursionError, ValueError) as error:  # nested too deeply; not UTF-8
+        raise RemoteProtocolError(f"an undecodable line: {error}") from error
 
 
 def is_running(path: Path) -> bool:
@@ -184,30 +236,36 @@ async def request(path: Path, method: str, params: dict[str, Any]) -> AsyncGener
 
     Raises:
         RemoteError: what the node reported.
-        Offline: the node stopped while it was asked.
+        Offline: the node doesn't answer, or stopped while it was asked.
+        TooLarge: the request is over the limit of a line.
+        RemoteProtocolError: what answers there doesn't speak as a node does.
     """
+    line = _encode_line({"method": method, "params": params})
     try:
         stream = await trio.open_unix_socket(os.fspath(path))
     except OSError as error:
         raise Offline(f"the node at {path} doesn't answer: {error.strerror}", hint="start it again") from error
-    buffer = bytearray()
+    lines = _Lines(stream)
     async with stream:
-        with contextlib.suppress(trio.BrokenResourceError):  # it stopped; said below
-            await stream.send_all(msgspec.json.encode({"method": method, "params": params}) + b"\n")
-        while True:
+        try:
             try:
-                data = await stream.receive_some(65_536)
-            except trio.BrokenResourceError:
-                data = b""
-            if not data:
-                raise Offline("the node stopped before it had answered", hint="look at its output, start it again")
-            buffer += data
-            *lines, rest = bytes(buffer).split(b"\n")
-            buffer = bytearray(rest)
-            for line in lines:
-                event = msgspec.json.decode(line, type=dict[str, Any])
+                with trio.fail_after(ACCEPTED_S):
+                    with contextlib.suppress(trio.BrokenResourceError):  # it stopped; said below
+                        await stream.send_all(line)
+                    event = _decode_line(await lines.read(), dict[str, Any])
+            except trio.TooSlowError:
+                raise Offline(
+                    f"the node at {path} runs, but has not answered for {ACCEPTED_S:g} s",
+                    hint="it is stopped, stuck or serves too many clients: continue it, or kill it and start it again",
+                ) from None
+            while True:
                 if "error" in event:
                     raise RemoteError(event, event.pop("exit_code"))
-                yield event
+                if event != ACCEPTED:
+                    yield event
                 if "result" in event:
                     return
+                event = _decode_line(await lines.read(), dict[str, Any])
+        except EOFError:
+            text = "the node stopped before it had answered"
+            raise Offline(text, hint="look at its output, start it again") from None

@@ -21,7 +21,8 @@ from daaswarm.errors import DaaswarmError
 from daaswarm.experts.service import HostedModel
 from daaswarm.inference.swarm_experts import as_bytes
 from daaswarm.messages import Contact, ExpertCall
-from daaswarm.node import Emit, open_node
+from daaswarm.node.life import open_node
+from daaswarm.node.reporting import Emit
 from daaswarm.store.data_dir import DataDir
 from daaswarm.types import ModelRoot
 
@@ -65,7 +66,7 @@ async def serve(data_dir: DataDir, config: Config, kind: Kind, dim: int, emit: E
     """The host's side, until cancelled."""
     async with open_node(data_dir, config, listen=True, libp2p=False) as node:
         layer = NopLayer() if kind == "nop" else FfnLayer(dim)
-        node.get_experts().add(HostedModel(ROOT, f"bench-{kind}", "dense", dim, "f32", {0: layer}))
+        node.hosting.get_service().add(HostedModel(ROOT, f"bench-{kind}", "dense", dim, "f32", {0: layer}))
         await emit({"event": "ready", "peer_id": node.peer_id, "addrs": node.addrs})
         await trio.sleep_forever()
 

@@ -16,33 +16,38 @@ import trio
 
 from daaswarm.config import Config
 from daaswarm.inference.embedded import run_embedded_hosts
-from daaswarm.inference.generation import Prompt, encode_prompt, get_pad_token
+from daaswarm.inference.prompt import Prompt, encode_prompt
+from daaswarm.inference.sequence import Sampling, Sequence, get_pad_token
+from daaswarm.inference.use import HostUse
 from daaswarm.models.sources import LocalModel
 from daaswarm.models.trunk import load_reference, load_tokenizer
-from daaswarm.node import Emit, open_node
+from daaswarm.node.life import open_node
+from daaswarm.node.reporting import Emit, get_model
 from daaswarm.store.data_dir import DataDir
+from daaswarm.types import PeerId
 
 PROMPT = "Explain what a distributed hash table is."
 RANDOM_PROMPT_TOKENS = 16  # for a checkpoint without a tokenizer
 REPEATS = 3  # of each model, interleaved; the ratio is the median of the pairs'
 
 
-def encode(model: LocalModel, vocabulary: int, prompt: str) -> torch.Tensor:
-    """(1, tokens): the prompt, or random tokens of a fixed seed where there is no tokenizer."""
+def encode(model: LocalModel, vocabulary: int, prompt: str) -> list[int]:
+    """The prompt's tokens, or random ones of a fixed seed where there is no tokenizer."""
     tokenizer = load_tokenizer(model)
     if tokenizer is not None:
         return encode_prompt(Prompt(prompt), tokenizer, model.name)
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(3, vocabulary, (1, RANDOM_PROMPT_TOKENS), generator=generator)
+    return torch.randint(3, vocabulary, (RANDOM_PROMPT_TOKENS,), generator=generator).tolist()
 
 
-def generate(model: Any, ids: torch.Tensor, tokens: int, *, logits: bool = False) -> tuple[list[int], Any, float]:
-    """Exactly ``tokens`` greedy tokens; (token ids, per-step logits or None, seconds)."""
+def generate(model: Any, ids: list[int], tokens: int) -> tuple[list[int], Any, float]:
+    """Exactly ``tokens`` greedy tokens by transformers alone; (token ids, per-step logits, seconds)."""
+    prompt = torch.tensor([ids])
     started = time.perf_counter()
     with torch.inference_mode():
         made = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             do_sample=False,
@@ -51,10 +56,10 @@ def generate(model: Any, ids: torch.Tensor, tokens: int, *, logits: bool = False
             top_k=None,
             pad_token_id=get_pad_token(model),
             return_dict_in_generate=True,
-            output_logits=logits,
+            output_logits=True,
         )
     seconds = time.perf_counter() - started
-    return made.sequences[0, ids.shape[1] :].tolist(), made.logits if logits else None, seconds
+    return made.sequences[0, len(ids) :].tolist(), made.logits, seconds
 
 
 async def run_parity(
@@ -70,7 +75,7 @@ async def run_parity(
     """
     async with open_node(data_dir, config, listen=True, libp2p=False) as node, AsyncExitStack() as stack:
         cores = torch.get_num_threads()  # torch's own choice: what transformers alone would use
-        model = await node.find_model(name, emit)
+        model = await get_model(name, emit)
         reference = await trio.to_thread.run_sync(load_reference, model, dtype)
         ids = encode(model, reference.config.get_text_config().vocab_size, PROMPT)
         await emit({"event": "message", "text": f"starting {hosts} hosts for {model.name} …"})
@@ -86,42 +91,50 @@ async def run_parity(
             threads=config.host.threads or max(1, cores // hosts),
         )
         await stack.enter_async_context(embedded)
-        requester = await node.get_requester()
-        plan = await node.find_hosts(model, dtype)
+        requester = await node.answering.get_requester()
+        plan = await node.answering.find_hosts(model, dtype)
         plan.check_complete(model.name)
-        await node.connect_hosts(plan)
+        await node.answering.connect_hosts(plan)
         trunk = await requester.load(model, dtype, lambda what, done, total: None)
-        experts = requester.make_experts(model, plan)
+        hosts_used: dict[PeerId, HostUse] = {}
 
         own_threads = torch.get_num_threads()
 
-        async def sharded(logits: bool) -> tuple[list[int], Any, float]:
+        async def sharded() -> Sequence:
             torch.set_num_threads(own_threads)
-            return await requester.run(experts, lambda: generate(trunk.model, ids, tokens, logits=logits))
+            sampling = Sampling(max_tokens=tokens, min_tokens=tokens)
+            sequence = Sequence(trunk.model, model.name, list(ids), sampling, keep_logits=True)
+            await requester.complete(model, trunk, plan, sequence)
+            if sequence.error is not None:
+                raise sequence.error
+            for peer, use in sequence.hosts.items():
+                hosts_used.setdefault(peer, HostUse()).add(use, 1.0)
+            trunk.forget()  # the next one computes its prompt again
+            return sequence
 
-        async def local(logits: bool) -> tuple[list[int], Any, float]:
+        async def local() -> tuple[list[int], Any, float]:
             torch.set_num_threads(cores)
-            return await trio.to_thread.run_sync(lambda: generate(reference, ids, tokens, logits=logits))
+            return await trio.to_thread.run_sync(generate, reference, ids, tokens)
 
-        want_ids, want_logits, _ = await local(True)
-        got_ids, got_logits, _ = await sharded(True)
+        want_ids, want_logits, _ = await local()
+        got = await sharded()
         speeds: list[tuple[float, float]] = []
         for i in range(REPEATS):
             await emit({"event": "progress", "what": "measuring", "done": i, "total": REPEATS})
-            speeds.append((tokens / (await local(False))[2], tokens / (await sharded(False))[2]))
+            speeds.append((tokens / (await local())[2], tokens / (await sharded()).seconds))
         await emit({"event": "progress", "what": "measuring", "done": REPEATS, "total": REPEATS})
     ratios = sorted(there / here for here, there in speeds)
-    calls = sum(use.calls for use in experts.hosts.values())
+    calls = sum(use.calls for use in hosts_used.values())
     return {
         "model": model.name,
         "model_root": model.root,
         "dtype": dtype,
-        "hosts": len(experts.hosts),
+        "hosts": len(hosts_used),
         "tokens": tokens,
-        "tokens_identical": want_ids == got_ids,
+        "tokens_identical": want_ids == got.token_ids,
         "max_abs_logit_diff": max(
             float((a.float() - b.float()).abs().nan_to_num(nan=float("inf")).max())
-            for a, b in zip(want_logits, got_logits, strict=True)
+            for a, b in zip(want_logits, got.logits, strict=True)
         ),
         "local_tokens_per_s": round(statistics.median(here for here, _ in speeds), 3),
         "sharded_tokens_per_s": round(statistics.median(there for _, there in speeds), 3),

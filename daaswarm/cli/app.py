@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import sys
@@ -13,14 +12,31 @@ from typer.exceptions import TyperException
 
 from daaswarm import __version__
 from daaswarm.api.control import RemoteError
-from daaswarm.cli import bench, config, host_expert, infer, init, join, status
+from daaswarm.cli import (
+    bench,
+    completion,
+    config,
+    expert,
+    host_expert,
+    infer,
+    init,
+    join,
+    logs,
+    model,
+    peers,
+    reset,
+    status,
+)
 from daaswarm.cli.output import Output
+from daaswarm.cli.progress import BARS
+from daaswarm.cli.streams import set_up_streams
 from daaswarm.errors import (
     EXIT_BAD_INPUT,
-    EXIT_INTERRUPTED,
+    EXIT_OK,
     ConfigError,
     DaaswarmError,
     Interrupted,
+    OutputLost,
     get_exit_code,
 )
 
@@ -29,17 +45,25 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
+    add_completion=False,  # daaswarm completion does it
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Run a model whose experts live on other people's machines.",
-    epilog='First time? Try [bold]daaswarm infer "What is the capital of France?"[/bold]',
+    epilog='First time? Try [bold]daaswarm infer "What is the capital of France?"[/bold] '
+    "· Tab completes words after [bold]daaswarm completion install[/bold]",
 )
 app.command("init")(init.init)
 app.command("join")(join.join)
 app.command("host-expert")(host_expert.host_expert)
 app.command("infer")(infer.infer)
 app.command("status")(status.status)
+app.command("logs")(logs.logs)
+app.command("reset")(reset.reset)
+app.add_typer(expert.app, name="expert")
+app.add_typer(peers.app, name="peers")
+app.add_typer(model.app, name="model")
 app.add_typer(bench.app, name="bench")
 app.add_typer(config.app, name="config")
+app.add_typer(completion.app, name="completion")
 
 
 def show_version(value: bool) -> None:
@@ -58,16 +82,20 @@ def root(
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a character must not end an answer
+    """The whole program; doesn't return."""
+    set_up_streams()
     # Waiting threads of OpenMP must sleep, not spin: requester and hosts may share the cores, and then a spinning
     # team was measured to slow the others down four times. libgomp reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     code = run(sys.argv[1:])
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OutputLost as error:  # after what typer itself prints; else it was said already
+        if code == EXIT_OK:
+            code = tell_lost(error)
     sys.stderr.flush()
+    if (cache := sys.modules.get("daaswarm.models.cache")) is not None:
+        cache.remove_unfinished()  # as at a normal exit
     # Everything is closed by now. Tearing down torch's modules one by one takes over a second, and a thread that was
     # left behind (a download that was interrupted) must not hold the prompt back.
     os._exit(code)
@@ -75,9 +103,26 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line; returns its exit code. Every error becomes one message, never a traceback."""
-    output = Output(as_json="--json" in arguments)
     try:
-        return app(arguments, standalone_mode=False) or 0
+        return run_command(arguments)
+    except OutputLost as error:
+        return tell_lost(error)
+    finally:
+        BARS.end()  # an error may have come while one was shown; the cursor is hidden then
+        logging.shutdown()
+
+
+def run_command(arguments: list[str]) -> int:
+    """:func:`run`, as long as standard output can be written to.
+
+    Raises:
+        OutputLost: it can't.
+    """
+    output = Output(as_json="--json" in arguments)
+    if completion.VARIABLE in os.environ:
+        completion.prepare()
+    try:
+        return app(arguments, prog_name="daaswarm", standalone_mode=False) or 0
     except TyperException as error:  # a word that the parser doesn't know
         if message := error.format_message():  # empty where the help was shown instead
             context = getattr(error, "ctx", None)
@@ -87,16 +132,18 @@ def run(arguments: list[str]) -> int:
     except RemoteError as error:
         output.error(error, error.described)
         return error.exit_code
+    except OutputLost:
+        raise
     except DaaswarmError as error:
         if isinstance(error, Interrupted) and not output.as_json:
             output.message("interrupted")  # the user knows why
         else:
             output.error(error)
         return get_exit_code(error)
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone: nobody to tell
-        sys.stderr.close()
-        return EXIT_INTERRUPTED
-    finally:
-        logging.shutdown()
+
+
+def tell_lost(error: OutputLost) -> int:
+    """Say that standard output failed, unless its reader just had enough; the exit code."""
+    if not error.is_closed:
+        Output(as_json=False).error(error)  # on standard error even with --json: the other way is shut
+    return get_exit_code(error)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from daaswarm.cli.host_expert import complete_models
 from daaswarm.cli.options import DataDirOption, JsonOption, open_data_dir, read_config
@@ -130,10 +129,7 @@ def _measure(run: Any, data_dir: Path | None, output: Output) -> None:
         if output.as_json:
             output.json(result)
         else:
-            table = Table(box=None, show_header=False, pad_edge=False)
-            for name, value in result.items():
-                table.add_row(name, f"{value}")
-            output.answers.print(table)
+            output.rows((name, f"{value}") for name, value in result.items())
     raise typer.Exit(code)
 
 

@@ -10,7 +10,7 @@ import typer
 
 from daaswarm.cli.options import DataDirOption, JsonOption, open_data_dir
 from daaswarm.cli.output import Output
-from daaswarm.config import get_keys, load_config, set_value, unknown_key
+from daaswarm.config import Config, NetworkConfig, convert, get_keys, load_config, set_value, unknown_key
 
 app = typer.Typer(no_args_is_help=True, help="Read and change settings (defaults < file < environment < flags).")
 
@@ -43,10 +43,10 @@ def get(
     if as_json:
         output.json(values)
     elif key is not None:
-        print(_format(values[key]))
+        output.result(_format(values[key]))
     else:
         for name, value in values.items():
-            print(f"{name} = {_format(value)}")
+            output.result(f"{name} = {_format(value)}")
 
 
 @app.command("set")
@@ -62,10 +62,25 @@ def set_(
     """
     output = Output(as_json=as_json)
     folder = open_data_dir(data_dir)
+    check_value(key, value)
     folder.create()
     typed = set_value(folder.config_path, key, value)
     output.json({key: typed})
-    output.message(f"{key} = {_format(typed)}")
+    output.result(f"{key} = {_format(typed)}")
+
+
+def check_value(key: str, value: str) -> None:
+    """Refuse an address that no command could use later, while whoever writes it is there.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    section, _, name = key.partition(".")
+    if section == "network" and name in ("bootstrap", "listen", "announce"):
+        from daaswarm.node.life import check_addresses
+
+        network = NetworkConfig(**{name: convert(key, value, source="config set")})
+        check_addresses(Config(network=network), listen=True)
 
 
 @app.command("path")
@@ -75,10 +90,9 @@ def path(data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
     Example: $EDITOR "$(daaswarm config path)"
     """
     folder = open_data_dir(data_dir)
-    if as_json:
-        Output(as_json=True).json({"path": str(folder.config_path)})
-    else:
-        print(folder.config_path)
+    output = Output(as_json=as_json)
+    output.json({"path": str(folder.config_path)})
+    output.result(str(folder.config_path))
 
 
 def _format(value: object) -> str:

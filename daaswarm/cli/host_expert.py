@@ -8,6 +8,15 @@ from typing import Annotated
 
 import typer
 
+from daaswarm.cli.complete import complete_dtypes, complete_layers
+from daaswarm.cli.host_options import (
+    NiceOption,
+    PauseWhenBusyOption,
+    QuietHoursOption,
+    ThreadsOption,
+    UploadOption,
+)
+from daaswarm.cli.log_setup import log_to_file
 from daaswarm.cli.options import (
     AnnounceOption,
     BootstrapOption,
@@ -18,7 +27,7 @@ from daaswarm.cli.options import (
     read_config,
 )
 from daaswarm.cli.output import Output
-from daaswarm.cli.run import attach, is_node_running, run_async, show
+from daaswarm.cli.run import attach, is_node_running, refuse_attached, run_async, show
 from daaswarm.errors import ConfigError
 from daaswarm.types import DTYPES, parse_bytes, parse_range
 
@@ -49,14 +58,28 @@ def host_expert(
             help="The default model's name, a folder in Hugging Face layout, or a GGUF file.",
         ),
     ],
-    layers: Annotated[str | None, typer.Option("--layers", help="Layers to serve, like 0-14 (inclusive).")] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option("--layers", autocompletion=complete_layers, help="Layers to serve, like 0-14 (inclusive)."),
+    ] = None,
     experts: Annotated[str | None, typer.Option("--experts", help="Experts of a mixture-of-experts model.")] = None,
     slices: Annotated[str | None, typer.Option("--slices", help="Slices of a dense model's feed-forward nets.")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Compute in f32, bf16 or f16.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", autocompletion=complete_dtypes, help="Compute in f32, bf16 or f16.")
+    ] = None,
     memory: Annotated[
         str | None,
-        typer.Option("--memory", help="With no ranges given: fill this much with the experts that have fewest hosts."),
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="Hold this much at most; with no ranges given, fill it with the experts that have fewest hosts.",
+        ),
     ] = None,
+    threads: ThreadsOption = None,
+    nice: NiceOption = None,
+    quiet_hours: QuietHoursOption = None,
+    pause_when_busy: PauseWhenBusyOption = None,
+    upload: UploadOption = None,
     until_eof: Annotated[
         bool, typer.Option("--until-eof", help="Stop when standard input closes (for supervisors).")
     ] = False,
@@ -85,7 +108,17 @@ def host_expert(
     if memory is not None:
         parse_bytes(memory, option="--memory")
     config = read_config(
-        folder, bootstrap=bootstrap, listen=listen, announce=announce, host__dtype=dtype, host__memory=memory
+        folder,
+        bootstrap=bootstrap,
+        listen=listen,
+        announce=announce,
+        host__dtype=dtype,
+        host__memory=memory,
+        host__threads=threads,
+        host__nice=nice,
+        host__quiet_hours=quiet_hours or None,
+        host__pause_when_busy=pause_when_busy,
+        host__upload=upload,
     )
     params = {
         "model": locate_model(model),
@@ -102,11 +135,22 @@ def host_expert(
 
         async with ended_by_eof(until_eof):
             if is_node_running(folder):
+                refuse_attached(
+                    folder,
+                    listen=listen,
+                    announce=announce,
+                    threads=threads,
+                    nice=nice,
+                    quiet_hours=quiet_hours,
+                    pause_when_busy=pause_when_busy,
+                    upload=upload,
+                )
                 await attach(folder, "host", params, partial(_show, output))
             else:
-                from daaswarm.node import run_node
+                from daaswarm.node.life import run_node
 
-                await run_node(folder, config, partial(_show, output), host=params)
+                with log_to_file(folder.log_path, config.log.file_level):
+                    await run_node(folder, config, partial(_show, output), host=params)
 
     code = run_async(run, config)
     output.json({"event": "stopped"})

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from daaswarm.cli.complete import complete_dtypes
 from daaswarm.cli.host_expert import complete_models, locate_model
 from daaswarm.cli.options import (
     AnnounceOption,
@@ -17,14 +18,22 @@ from daaswarm.cli.options import (
     open_data_dir,
     read_config,
 )
-from daaswarm.cli.output import Output
-from daaswarm.cli.run import attach, is_node_running, run_async, show
-from daaswarm.errors import ConfigError, Interrupted
+from daaswarm.cli.output import WAITING, Output
+from daaswarm.cli.run import attach, is_node_running, refuse_attached, run_async, show
+from daaswarm.config import Config
+from daaswarm.errors import EXIT_INTERRUPTED, ConfigError, Interrupted
+from daaswarm.store.data_dir import DataDir
 from daaswarm.types import DTYPES, format_bytes
+
+if TYPE_CHECKING:
+    from daaswarm.cli.chat import Reader
 
 
 def infer(
-    prompt: Annotated[str, typer.Argument(help="What to ask; - reads it from standard input.")],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="What to ask; - reads it from standard input. Without it, on a terminal: a chat."),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -52,7 +61,10 @@ def infer(
         bool, typer.Option("--raw", help="Continue the text as it stands, without the chat template.")
     ] = False,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="Ask for f32, bf16 or f16 (default: best covered).")
+        str | None,
+        typer.Option(
+            "--dtype", autocompletion=complete_dtypes, help="Ask for f32, bf16 or f16 (default: best covered)."
+        ),
     ] = None,
     embedded: Annotated[
         int | None,
@@ -66,6 +78,8 @@ def infer(
 ) -> None:
     """Ask a model and watch the answer come. The experts' weights stay with their hosts.
 
+    Without a prompt it is a chat: /help shows its commands.
+
     Example: daaswarm infer "What is the capital of France?" --temperature 0
     """
     output = Output(as_json=as_json)
@@ -75,6 +89,14 @@ def infer(
     for option, given in (("--system", system), *(("--stop", text) for text in stop or [])):
         if given is not None and not is_utf8(given):
             raise ConfigError(f"{option} is not UTF-8 text", hint="convert it first, with iconv for example")
+    if "" in (stop or []):
+        raise ConfigError("--stop is empty", hint="give the text to end before, or leave --stop away")
+    if raw and system is not None:
+        raise ConfigError(
+            "--system needs a chat template; --raw leaves it out", hint="put the instruction into the prompt"
+        )
+    if announce and listen is None:
+        raise ConfigError("--announce has no meaning without --listen", hint="give both, or neither")
     if seed is not None and not 0 <= seed < 2**63:
         raise ConfigError(f"--seed {seed} is out of range", hint="choose a number from 0 to 2^63 - 1")
     config = read_config(
@@ -88,19 +110,25 @@ def infer(
         infer__top_p=top_p,
     )
     params: dict[str, Any] = {
-        "prompt": read_prompt(prompt),
+        "prompt": read_prompt(prompt) if prompt is not None else None,
         "model": locate_model(config.infer.model),
         "max_tokens": config.infer.max_tokens,
         "temperature": config.infer.temperature,
         "top_p": config.infer.top_p,
         "seed": seed,
         "system": system,
+        "history": [],
         "stop": stop or [],
         "raw": raw,
         "dtype": dtype,
         "embedded": embedded,
         "bootstrap": bootstrap or [],
     }
+    if prompt is None:
+        check_terminal(output, raw=raw)
+        if is_node_running(folder):
+            refuse_attached(folder, listen=listen, announce=announce)
+        raise typer.Exit(chat(folder, config, params, output, serve=listen is not None))
     result: dict[str, Any] = {}
     written: list[str] = []
 
@@ -111,19 +139,64 @@ def infer(
 
     async def run() -> None:
         if is_node_running(folder):
+            refuse_attached(folder, listen=listen, announce=announce)
             result.update(await attach(folder, "infer", params, show_and_keep))
         else:
-            from daaswarm.node import ask_once
+            from daaswarm.node.life import ask_once
 
             result.update(await ask_once(folder, config, show_and_keep, params, serve=listen is not None))
 
-    code = run_async(run, config)
-    if not result:  # by Ctrl-C, or told to stop by SIGTERM
-        raise Interrupted("the answer was interrupted", text="".join(written))
+    def interrupt() -> Interrupted:
+        return Interrupted("the answer was interrupted", text="".join(written))
+
+    output.progress(WAITING, 0, 0)
+    code = run_async(run, config, give_up=lambda: output.error(interrupt()), told=EXIT_INTERRUPTED)
+    if not result:  # by Ctrl-C, or told to stop by SIGTERM or SIGHUP
+        raise interrupt()
     output.end_line()
     output.json(result)
     output.message(summarise(result))
     raise typer.Exit(code)
+
+
+def check_terminal(output: Output, *, raw: bool) -> None:
+    """Raises:
+    ConfigError: a chat was asked for where there can't be one.
+    """
+    if output.as_json or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise ConfigError(
+            "the prompt is missing, and without a terminal there is no chat",
+            hint='write it like: daaswarm infer "What is a hash table?", or - to read it from standard input',
+        )
+    if raw:
+        raise ConfigError("--raw needs a prompt: a chat is made of turns", hint="give the text to continue")
+
+
+def chat(folder: DataDir, config: Config, params: dict[str, Any], output: Output, *, serve: bool) -> int:
+    """A chat on this terminal, until whoever sits there leaves; the exit code."""
+    from daaswarm.cli.chat import Chat, open_caller
+
+    opened: list[Chat] = []
+
+    async def run() -> None:
+        folder.create()
+        async with open_caller(folder, config, params, serve=serve) as call:
+            opened.append(Chat(call, params, output, make_reader(folder)))
+            await opened[0].run()
+
+    return run_async(run, config, told=EXIT_INTERRUPTED, on_interrupt=lambda: bool(opened) and opened[0].interrupt())
+
+
+def make_reader(folder: DataDir) -> Reader:
+    """Reads what is typed, as well as the terminal can."""
+    from daaswarm.cli.plain_reader import PlainReader, is_plain
+
+    if is_plain():
+        return PlainReader()
+    from daaswarm.cli.chat import complete
+    from daaswarm.cli.line_reader import LineReader
+
+    return LineReader(folder.history_path, complete)
 
 
 def read_prompt(prompt: str) -> str:

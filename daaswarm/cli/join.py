@@ -6,6 +6,15 @@ from functools import partial
 
 import typer
 
+from daaswarm.cli.host_options import (
+    MemoryOption,
+    NiceOption,
+    PauseWhenBusyOption,
+    QuietHoursOption,
+    ThreadsOption,
+    UploadOption,
+)
+from daaswarm.cli.log_setup import log_to_file
 from daaswarm.cli.options import (
     AnnounceOption,
     BootstrapOption,
@@ -23,6 +32,12 @@ def join(
     bootstrap: BootstrapOption = None,
     listen: ListenOption = None,
     announce: AnnounceOption = None,
+    memory: MemoryOption = None,
+    threads: ThreadsOption = None,
+    nice: NiceOption = None,
+    quiet_hours: QuietHoursOption = None,
+    pause_when_busy: PauseWhenBusyOption = None,
+    upload: UploadOption = None,
     data_dir: DataDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -30,12 +45,28 @@ def join(
 
     Example: daaswarm join --listen /ip4/0.0.0.0/tcp/4001
     """
-    from daaswarm.node import run_node
+    from daaswarm.node.life import run_node
 
     output = Output(as_json=as_json)
     folder = open_data_dir(data_dir)
-    config = read_config(folder, bootstrap=bootstrap, listen=listen, announce=announce)
-    code = run_async(partial(run_node, folder, config, partial(_show, output)), config)
+    config = read_config(
+        folder,
+        bootstrap=bootstrap,
+        listen=listen,
+        announce=announce,
+        host__memory=memory,
+        host__threads=threads,
+        host__nice=nice,
+        host__quiet_hours=quiet_hours or None,
+        host__pause_when_busy=pause_when_busy,
+        host__upload=upload,
+    )
+
+    async def run() -> None:
+        with log_to_file(folder.log_path, config.log.file_level):
+            await run_node(folder, config, partial(_show, output))
+
+    code = run_async(run, config)
     output.json({"event": "stopped"})
     output.message("stopped")
     raise typer.Exit(code)

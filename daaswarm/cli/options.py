@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from daaswarm.config import Config, get_default_data_dir, load_config
+from daaswarm.errors import ConfigError
 from daaswarm.store.data_dir import DataDir
 
 DataDirOption = Annotated[
@@ -36,8 +37,15 @@ AnnounceOption = Annotated[
 
 
 def open_data_dir(path: Path | None) -> DataDir:
-    """The folder given, or the default one."""
-    return DataDir((path or get_default_data_dir()).expanduser())
+    """The folder given, or the default one; it may be missing.
+
+    Raises:
+        ConfigError: it is something else than a folder.
+    """
+    folder = (path or get_default_data_dir()).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder", hint="choose another with --data-dir")
+    return DataDir(folder)
 
 
 def read_config(

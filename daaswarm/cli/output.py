@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from daaswarm.api.control import describe_error
+from daaswarm.cli.progress import BARS
 from daaswarm.errors import DaaswarmError
+
+WAITING = "waiting for the answer"
 
 
 class Output:
-    """Answers go to standard output; messages and progress to standard error.
+    """The result of a command goes to standard output; progress and chatter go to standard error.
+
+    A result is what the command was run for: an answer, an identity, a setting, the addresses of a node that is ready.
 
     Args:
         as_json: JSON lines on standard output and nothing else there.
@@ -24,8 +29,6 @@ class Output:
         self.as_json = as_json
         self.console = Console(stderr=True, highlight=False, emoji=False)  # no :x: in a path becomes a picture
         self.answers = Console(highlight=False, emoji=False)
-        self._progress: Progress | None = None
-        self._tasks: dict[str, TaskID] = {}
         self._at_line_start = True
 
     def json(self, event: dict[str, Any]) -> None:
@@ -35,12 +38,28 @@ class Output:
             sys.stdout.write(json.dumps(event, ensure_ascii=not is_utf8) + "\n")
             sys.stdout.flush()
 
-    def message(self, text: str) -> None:
-        """A line for people about what is going on."""
+    def result(self, text: str) -> None:
+        """A line of the result, for people. Never cut into several: it may be copied, or read by a program."""
         self.end_progress()
         self.end_line()
         if not self.as_json:
-            self.console.print(text, soft_wrap=True, markup=False)
+            self.answers.print(text, soft_wrap=True, markup=False)
+            sys.stdout.flush()
+
+    def rows(self, rows: Iterable[tuple[str, str]]) -> None:
+        """A result of named values, one a line."""
+        self.end_progress()
+        shown = list(rows)
+        width = max((len(name) for name, _ in shown), default=0)
+        for name, value in shown:
+            self.answers.print(f"[bold]{name:<{width}}[/bold]  {escape(value)}", soft_wrap=True)
+        sys.stdout.flush()
+
+    def message(self, text: str) -> None:
+        """A line for people about what is going on. Progress goes on below it."""
+        self.end_line()
+        if not self.as_json:
+            BARS.print(self.console, text)
 
     def text(self, piece: str) -> None:
         """A piece of the answer, as it comes."""
@@ -62,34 +81,20 @@ class Output:
     def event(self, event: dict[str, Any]) -> None:
         """Show one event of a command that runs for a while."""
         if event.get("event") == "progress":
-            self.progress(event["what"], event["done"], event["total"], event.get("unit", "bytes"))
+            self.progress(event["what"], event["done"], event["total"])
             self.json(event)
             return
         self.json(event)
         if event.get("event") == "message":
             self.message(event["text"])
 
-    def progress(self, what: str, done: int, total: int, unit: str = "bytes") -> None:
-        """A bar on a terminal; nothing where nobody watches."""
-        if self.as_json or not self.console.is_terminal:
-            return
-        if self._progress is None:
-            self._progress = Progress(
-                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-                TimeRemainingColumn(), console=self.console, transient=True,
-            )  # fmt: skip
-            self._progress.start()
-        if what not in self._tasks:
-            self._tasks[what] = self._progress.add_task(what, total=total)
-        self._progress.update(self._tasks[what], completed=done, total=total)
-        if all(task.finished for task in self._progress.tasks):
-            self.end_progress()
+    def progress(self, what: str, done: int, total: int) -> None:
+        """A bar on a terminal; nothing where nobody watches. With ``total`` 0 nobody can say how far it is."""
+        if not self.as_json:
+            BARS.show(self.console, what, done, total)
 
     def end_progress(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-            self._tasks = {}
+        BARS.end()
 
     def error(self, error: DaaswarmError, described: dict[str, Any] | None = None) -> None:
         """The last thing a failed command says: cause and next step."""

@@ -2,52 +2,92 @@
 
 from __future__ import annotations
 
-import logging
+import math
+import os
 import signal
-from collections.abc import Awaitable, Callable
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
 import trio
 
 from daaswarm.api.control import Emit, is_running, request
+from daaswarm.cli.log_setup import set_up_logging
 from daaswarm.cli.output import Output
+from daaswarm.cli.progress import BARS
 from daaswarm.config import Config
-from daaswarm.errors import EXIT_INTERRUPTED, EXIT_OK, unwrap_groups
+from daaswarm.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, unwrap_groups
 from daaswarm.store.data_dir import DataDir
+
+CLEAN_UP_S = 20.0  # a layer that computes, hosts that leave, a large file that is being read
+HURRY_S = 2.0  # after a second signal
 
 Command = Callable[[], Awaitable[None]]
 
 
-def set_up_logging(level: str) -> None:
-    """Log to standard error; third parties only when something is wrong."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.ERROR)
-    logging.getLogger("daaswarm").setLevel(level.upper())
+def run_async(
+    command: Command,
+    config: Config,
+    *,
+    give_up: Callable[[], None] = lambda: None,
+    told: int = EXIT_OK,
+    on_interrupt: Callable[[], bool] = lambda: False,
+) -> int:
+    """Run ``command`` until it ends or is told to: Ctrl-C gives 130, SIGTERM and SIGHUP ``told``. Errors pass through.
 
+    A second signal leaves :data:`HURRY_S` for cleaning up, since whoever sends it means it; without one it's
+    :data:`CLEAN_UP_S`. Past that the process ends as it is, and its host processes with it (their input closes).
 
-def run_async(command: Command, config: Config) -> int:
-    """Run ``command`` until it ends or is told to: Ctrl-C gives 130, SIGTERM a clean 0. Errors pass through."""
+    Args:
+        give_up: says the last words in that case.
+        on_interrupt: Ctrl-C ended something smaller than the command, and the command goes on.
+    """
     set_up_logging(config.log.level)
     received: list[int] = []
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        numbers.append(signal.SIGHUP)
 
-    async def watch(scope: trio.CancelScope, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            task_status.started()
-            async for number in signals:
+    def get_code() -> int:
+        if signal.SIGINT in received:
+            return EXIT_INTERRUPTED
+        return told if received else EXIT_OK
+
+    async def watch(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+        deadline = math.inf
+        while True:
+            with trio.move_on_at(deadline) as waiting:
+                number = await signals.__anext__()
+                if number == signal.SIGINT and not received and on_interrupt():
+                    continue
                 received.append(number)
-                scope.cancel()
+            if waiting.cancelled_caught:
+                give_up()
+                BARS.end()
+                sys.stdout.flush()
+                os._exit(get_code())
+            scope.cancel()
+            deadline = min(deadline, trio.current_time() + (CLEAN_UP_S if len(received) == 1 else HURRY_S))
 
     async def supervise() -> None:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(watch, nursery.cancel_scope)
-            await command()
-            nursery.cancel_scope.cancel()
+        # The receiver outlives the command's clean-up: a second signal must not cut it short with an exception.
+        with trio.open_signal_receiver(*numbers) as signals:
+            async with trio.open_nursery() as nursery:
+                with trio.CancelScope() as scope:
+                    nursery.start_soon(watch, signals, scope)
+                    await command()
+                nursery.cancel_scope.cancel()
 
-    with unwrap_groups(BrokenPipeError):
-        trio.run(supervise)
-    if signal.SIGINT in received:
-        return EXIT_INTERRUPTED
-    return EXIT_OK
+    before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in numbers}
+    try:
+        with unwrap_groups():
+            trio.run(supervise)
+    finally:
+        if not received:  # else what was decided stands: the last words must come out whole
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return get_code()
 
 
 async def attach(data_dir: DataDir, method: str, params: dict[str, Any], emit: Emit) -> dict[str, Any]:
@@ -67,9 +107,9 @@ def show(event: dict[str, Any], output: Output) -> None:
         output.text(event["text"])
     elif event.get("event") == "ready":
         output.json(event)
-        output.message(f"ready: {event['peer_id']}")
+        output.result(f"ready: {event['peer_id']}")
         for address in event["addrs"]:
-            output.message(f"  {address}")
+            output.result(f"  {address}")
         for line in event.get("lines", []):
             output.message(line)
     else:
@@ -78,3 +118,16 @@ def show(event: dict[str, Any], output: Output) -> None:
 
 def is_node_running(data_dir: DataDir) -> bool:
     return is_running(data_dir.socket_path)
+
+
+def refuse_attached(data_dir: DataDir, **given: object) -> None:
+    """Raises:
+    ConfigError: an option was given that says how to start a node, and one runs already.
+    """
+    for name, value in given.items():
+        if value is not None and value != []:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"{option} has no meaning here: a node runs on {data_dir.path} already, and this command uses it",
+                hint=f"leave {option} away, give it to daaswarm join, or choose another --data-dir",
+            )

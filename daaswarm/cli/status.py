@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import trio
-from rich.table import Table
+import typer
 
 from daaswarm.cli.options import DataDirOption, JsonOption, open_data_dir
-from daaswarm.cli.output import Output, escape
+from daaswarm.cli.output import Output
 from daaswarm.cli.run import attach, is_node_running
 from daaswarm.config import get_cache_dir, load_config
+from daaswarm.errors import ConfigError, StorageError
 from daaswarm.store.data_dir import DataDir
-from daaswarm.types import format_bytes, format_range
+from daaswarm.types import PeerId, format_bytes, format_range
 
 
-def status(data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
+def status(context: typer.Context, data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
     """Show the running node, or what is on disk when none runs.
 
     Example: daaswarm status --json
     """
     output = Output(as_json=as_json)
     folder = open_data_dir(data_dir)
+    source = context.get_parameter_source("data_dir")  # a default that isn't there yet is no mistake
+    if source is not None and source.name == "COMMANDLINE" and not folder.path.exists():
+        raise ConfigError(
+            f"there is no data directory {folder.path}",
+            hint=f"make it with daaswarm init --data-dir {shlex.quote(str(folder.path))}, or name another",
+        )
     if is_node_running(folder):
         found = trio.run(attach, folder, "status", {}, _ignore)
     else:
@@ -43,30 +51,39 @@ def read_disk(folder: DataDir) -> dict[str, Any]:
         "peer_id": get_peer_id(folder.load_key().verify_key.encode()) if folder.has_key() else None,
         "data_dir": str(folder.path),
         "addrs": [],
-        "known_peers": [contact.peer_id for contact in folder.load_contacts()],
+        "known_peers": read_peers(folder),
         "hosted": [],
         "models": [{"name": m.name, "root": m.root, "folder": str(m.folder)} for m in list_models(get_cache_dir())],
     }
 
 
+def read_peers(folder: DataDir) -> list[PeerId]:
+    """Those that an earlier run knew. A file that can't be read is the next node's to mend: it sets it aside."""
+    from daaswarm.store.database import read_database
+
+    try:
+        with read_database(folder.database_path) as database:
+            return [] if database is None else [peer.peer_id for peer in database.get_peers()]
+    except StorageError:
+        return []
+
+
 def render(found: dict[str, Any], output: Output) -> None:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    state = f"running (process {found['pid']})" if found["running"] else "not running"
-    table.add_row("node", state)
-    table.add_row("peer id", found["peer_id"] or "none yet: daaswarm init")
-    table.add_row("folder", escape(found["data_dir"]))
-    for address in found["addrs"]:
-        table.add_row("address", address)
-    table.add_row("peers", f"{len(found['known_peers'])} known")
+    rows = [
+        ("node", f"running (process {found['pid']})" if found["running"] else "not running"),
+        ("peer id", found["peer_id"] or "none yet: daaswarm init"),
+        ("folder", found["data_dir"]),
+        *(("address", address) for address in found["addrs"]),
+        ("peers", f"{len(found['known_peers'])} known"),
+    ]
+    if found.get("paused"):
+        rows.append(("paused", found["paused"]["reason"]))
     for model in found["hosted"]:
         held = ", ".join(f"{format_range(layers)}: {format_range(ids)}" for layers, ids in group_layers(model["held"]))
         size, calls = format_bytes(model["bytes"]), model["calls"]
-        table.add_row("serves", escape(f"{model['name']} {model['dtype']}, {size}, layers {held}; {calls} calls"))
-    for model in found["models"]:
-        table.add_row("model", escape(f"{model['name']} ({model['root'][:12]}) in {model['folder']}"))
-    output.answers.print(table)
+        rows.append(("serves", f"{model['name']} {model['dtype']}, {size}, layers {held}; {calls} calls"))
+    rows += [("model", f"{model['name']} ({model['root'][:12]}) in {model['folder']}") for model in found["models"]]
+    output.rows(rows)
 
 
 def group_layers(held: dict[str, list[int]]) -> list[tuple[list[int], list[int]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from itertools import islice
 
 import msgspec
 
@@ -10,7 +11,7 @@ from daaswarm.limits import CALLS_PER_HOST, CALLS_PER_PEER
 from daaswarm.types import PeerId
 
 QUEUE_SHARE = 0.5  # of its deadline that a call may wait; the rest is for computing and the way back
-SMOOTHING = 0.2  # weight of the newest service time
+SMOOTHING = 0.2  # weight of the newest call's time and work: five calls to follow a change
 RETRY_MIN_S = 0.01
 RETRY_MAX_S = 5.0
 
@@ -41,22 +42,31 @@ class Admission:
         self._queues: OrderedDict[PeerId, deque[Ticket]] = OrderedDict()  # whose turn is next comes first
         self._per_peer: dict[PeerId, int] = {}  # waiting and running
         self._running: set[Ticket] = set()
-        self._rows = 0  # waiting and running
-        self._row_s = 0.0  # EWMA; 0 until the first call is done, which admits by count alone
+        # Smoothed time and work of the calls done. Their ratio is the time of a row, in which small calls, which cost
+        # more per row, weigh as little as they are. Until the first is done, calls are admitted by count alone.
+        self._done_s = 0.0
+        self._done_rows = 0.0
 
     @property
     def queue_depth(self) -> int:
         """Calls that wait; rides on every reply for the requesters' routers."""
         return sum(map(len, self._queues.values()))
 
-    @property
-    def expected_wait_s(self) -> float:
-        """How long the work already admitted will take."""
-        return self._rows * self._row_s
+    def get_wait_s(self, peer: PeerId) -> float:
+        """How long a further call of ``peer`` would wait. Peers take turns, so of each other peer's queue only as many
+        calls come before it as ``peer`` has calls itself: who asks for much makes nobody wait but itself.
+        """
+        if not self._done_rows:
+            return 0.0
+        turns = len(self._queues.get(peer, ())) + 1
+        rows = sum(ticket.work_rows for ticket in self._running)
+        for queue in self._queues.values():
+            rows += sum(ticket.work_rows for ticket in islice(queue, turns))
+        return rows * self._done_s / self._done_rows
 
     def try_admit(self, peer: PeerId, work_rows: int, deadline_s: float, now: float) -> Admitted | Refused:
         """Takes a call of ``work_rows`` (rows x experts) that is worth nothing after ``deadline_s`` from now."""
-        wait_s = self.expected_wait_s
+        wait_s = self.get_wait_s(peer)
         if self._per_peer.get(peer, 0) >= self._calls_per_peer:
             return self._refuse(wait_s, f"{self._calls_per_peer} calls of this peer are in flight")
         if sum(self._per_peer.values()) >= self._calls_per_host:
@@ -68,7 +78,6 @@ class Admission:
         ticket = Ticket(peer, work_rows, now + deadline_s)
         self._queues.setdefault(peer, deque()).append(ticket)
         self._per_peer[peer] = self._per_peer.get(peer, 0) + 1
-        self._rows += work_rows
         return Admitted(ticket)
 
     def next(self) -> Ticket | None:
@@ -95,19 +104,18 @@ class Admission:
             queue.remove(ticket)
             if not queue:
                 del self._queues[ticket.peer]
-        self._rows -= ticket.work_rows
         self._per_peer[ticket.peer] -= 1
         if not self._per_peer[ticket.peer]:
             del self._per_peer[ticket.peer]
         if service_s is not None:
-            row_s = service_s / max(ticket.work_rows, 1)
-            self._row_s = row_s if not self._row_s else self._row_s + SMOOTHING * (row_s - self._row_s)
+            keep = 1 - SMOOTHING
+            self._done_s = keep * self._done_s + SMOOTHING * service_s
+            self._done_rows = keep * self._done_rows + SMOOTHING * max(ticket.work_rows, 1)
 
     def validate(self) -> None:
         """Asserts the invariants."""
         tickets = [t for queue in self._queues.values() for t in queue] + list(self._running)
         assert all(self._queues.values()), "an empty queue takes a turn"
-        assert self._rows == sum(t.work_rows for t in tickets)
         assert len(tickets) == sum(self._per_peer.values()) <= self._calls_per_host
         for peer, count in self._per_peer.items():
             assert 0 < count == sum(t.peer == peer for t in tickets) <= self._calls_per_peer

@@ -19,6 +19,7 @@ from daaswarm.types import DTYPES, Dtype, ExpertId, ModelRoot, PeerId, format_ra
 ADVERT_KIND = "advert"
 ADVERTS = 4_096  # peers x models known to one node; at most 16 KiB each as signed, as much again parsed: 128 MiB
 ADVERTS_PER_PEER = 64  # models one peer may serve; also what fits in one Adverts message
+REPLICAS = 8  # of one expert that are counted when dtypes are compared; more make an answer no safer
 MISSING_GROUPS = 12  # lines of an error text; beyond, only counted
 
 Holders = Mapping[ExpertId, list[PeerId]]
@@ -34,6 +35,24 @@ class Known(msgspec.Struct, frozen=True):
     def experts(self) -> dict[int, list[int]]:
         """``{layer: [experts]}``, ascending. Made anew each time: the lists take up to 300 times the bitmaps' room."""
         return {layer: from_bitmap(bitmap) for layer, bitmap in sorted(self.advert.held.items())}
+
+
+def check_advert(signed: Signed, swarm: bytes, now: float) -> Known:
+    """Whatever can be checked of an advert by itself.
+
+    Raises:
+        RemoteProtocolError: a check failed.
+    """
+    if len(signed.payload) > GOSSIP_BYTES:
+        raise RemoteProtocolError(f"advert of {len(signed.payload)} bytes; {GOSSIP_BYTES} allowed")
+    advert = open_signed(signed, Advert, ADVERT_KIND, swarm)
+    check_expiry(advert.expires_at, now, ADVERT_KIND)
+    for name, value in (("capacity", advert.capacity_rows_per_s), ("price", advert.price)):
+        if not (math.isfinite(value) and value >= 0):
+            raise RemoteProtocolError(f"advert with {name} {value}")
+    if not all(any(bitmap) for bitmap in advert.held.values()):
+        raise RemoteProtocolError("advert names a layer of which it holds nothing")
+    return Known(advert, signed)
 
 
 class AdvertBook:
@@ -57,15 +76,8 @@ class AdvertBook:
         Raises:
             RemoteProtocolError: a check failed, or a limit is reached (``reject=False``).
         """
-        if len(signed.payload) > GOSSIP_BYTES:
-            raise RemoteProtocolError(f"advert of {len(signed.payload)} bytes; {GOSSIP_BYTES} allowed")
-        advert = open_signed(signed, Advert, ADVERT_KIND, self._swarm)
-        check_expiry(advert.expires_at, now, ADVERT_KIND)
-        for name, value in (("capacity", advert.capacity_rows_per_s), ("price", advert.price)):
-            if not (math.isfinite(value) and value >= 0):
-                raise RemoteProtocolError(f"advert with {name} {value}")
-        if not all(any(bitmap) for bitmap in advert.held.values()):
-            raise RemoteProtocolError("advert names a layer of which it holds nothing")
+        checked = check_advert(signed, self._swarm, now)
+        advert = checked.advert
         peer, root = PeerId(advert.peer_id), ModelRoot(advert.model_root)
         known = self._by_model.get(root, {}).get(peer)
         if known is not None:
@@ -78,7 +90,7 @@ class AdvertBook:
                 raise RemoteProtocolError(f"peer {peer} has {self._limit_per_peer} adverts already", reject=False)
             self._count += 1
             self._per_peer[peer] = self._per_peer.get(peer, 0) + 1
-        self._by_model.setdefault(root, {})[peer] = Known(advert, signed)
+        self._by_model.setdefault(root, {})[peer] = checked
         return True
 
     def get_adverts(self, model_root: str, now: float) -> list[Known]:
@@ -188,22 +200,74 @@ def format_missing(missing: Mapping[int, list[int]], layers: Mapping[int, int], 
     return "; ".join(parts)
 
 
-def choose_dtype(
-    adverts: Iterable[Known], requested: Dtype | None = None, layers: Mapping[int, int] | None = None
-) -> Dtype:
-    """The one dtype of an answer: the requested one, else the one in which the most experts have a host.
+def leave_out_paused(adverts: Iterable[Known], layers: Mapping[int, int], *, kind: str) -> list[Known]:
+    """Without the hosts that say they are paused, as long as some dtype then still covers all of ``layers``."""
+    everybody = list(adverts)
+    awake = [known for known in everybody if not known.advert.paused]
+    if len(awake) == len(everybody):
+        return everybody
+    for dtype in DTYPES:
+        held: dict[int, int] = {}
+        for known in awake:
+            if known.advert.dtype == dtype and known.advert.kind == kind:
+                for layer, bitmap in _clip(known.advert.held, layers).items():
+                    held[layer] = held.get(layer, 0) | bitmap
+        if all(held.get(layer, 0) == (1 << count) - 1 for layer, count in layers.items()):
+            return awake
+    return everybody
 
-    Ties go to the more exact (f32, bf16, f16), which is also the answer when nobody serves anything. With ``layers``
-    (experts per layer, from the manifest), claims to experts that the model lacks don't count.
+
+def choose_dtype(
+    adverts: Iterable[Known],
+    requested: Dtype | None = None,
+    layers: Mapping[int, int] | None = None,
+    *,
+    kind: str | None = None,
+) -> Dtype:
+    """The one dtype of an answer: the requested one, else the first of :func:`rank_dtypes`."""
+    return requested if requested is not None else rank_dtypes(adverts, layers, kind=kind)[0]
+
+
+def rank_dtypes(
+    adverts: Iterable[Known], layers: Mapping[int, int] | None = None, *, kind: str | None = None
+) -> list[Dtype]:
+    """All dtypes, best first. An answer is made in one, and an advert may lie, so no single peer should decide.
+
+    First come those in which every expert has a host. Among them more hosts of the rarest expert are better (at most
+    :data:`REPLICAS` count); among the others, more experts with a host. Ties go to the more exact (f32, bf16, f16).
+
+    Args:
+        layers: experts per layer, from the manifest; claims to others don't count. Without it, whatever anyone claims
+            in any dtype is needed.
+        kind: adverts of another kind (``"moe"``, ``"dense"``) don't count.
     """
-    if requested is not None:
-        return requested
-    covered: dict[str, dict[int, int]] = {dtype: {} for dtype in DTYPES}
+    # Per dtype and layer, bitmaps: bit e of the n-th says that expert e has more than n hosts.
+    held: dict[str, dict[int, list[int]]] = {dtype: {} for dtype in DTYPES}
     for known in adverts:
-        union = covered[known.advert.dtype]
+        if kind is not None and known.advert.kind != kind:
+            continue
         for layer, bitmap in _clip(known.advert.held, layers).items():
-            union[layer] = union.get(layer, 0) | bitmap
-    return max(DTYPES, key=lambda dtype: sum(bitmap.bit_count() for bitmap in covered[dtype].values()))
+            counts = held[known.advert.dtype].setdefault(layer, [])
+            for n, at_least in enumerate(counts):
+                counts[n], bitmap = at_least | bitmap, at_least & bitmap
+            if bitmap and len(counts) < REPLICAS:
+                counts.append(bitmap)
+    needed: dict[int, int] = {}
+    if layers is not None:
+        needed = {layer: (1 << count) - 1 for layer, count in layers.items()}
+    else:
+        for by_layer in held.values():
+            for layer, counts in by_layer.items():
+                needed[layer] = needed.get(layer, 0) | (counts[0] if counts else 0)
+
+    def get_merit(dtype: Dtype) -> tuple[int, int]:
+        by_layer = held[dtype]
+        least = min(
+            (sum(at_least == needed[layer] for at_least in by_layer.get(layer, ())) for layer in needed), default=0
+        )
+        return least, sum(counts[0].bit_count() for counts in by_layer.values() if counts)
+
+    return sorted(DTYPES, key=get_merit, reverse=True)  # stable, also in reverse
 
 
 def _clip(held: Mapping[int, bytes], layers: Mapping[int, int] | None) -> dict[int, int]:

@@ -76,6 +76,7 @@ class _Publication(msgspec.Struct):
     stores: int = 0
     asked: int = 0
     stored: int = 0
+    keepers: list[Contact] = []  # who was asked to store it, this time or the time before
 
 
 class Kademlia:
@@ -145,22 +146,37 @@ class Kademlia:
         """
         if self.contact is None:
             raise LocalProtocolError("a node without an address can't publish")
-        stored = [pointer.seq for pointer, _ in self.store.get(key, now) if pointer.peer_id == self.peer_id]
-        seq = max(int(now * 1000), *(n + 1 for n in stored), 0)  # grows across restarts and clocks set back
-        pointer = Pointer(key=key, peer_id=self.peer_id, addrs=self.contact.addrs, seq=seq, expires_at=now + MAX_TTL_S)
-        signed = seal(pointer, POINTER_KIND, self._key, self._swarm)
-        with contextlib.suppress(RemoteProtocolError):  # our store is full of others' records; theirs keep ours
-            self.store.put(signed, now)
-        self._publications[key] = _Publication(signed, seq, now + REPUBLISH_S)
+        signed, seq = self._point(key, self.contact.addrs, now)
+        before = self._publications.get(key)
+        keepers = before.keepers if before is not None else []
+        self._publications[key] = _Publication(signed, seq, now + REPUBLISH_S, keepers=keepers)
         if key in self._publishing.values():
             return []  # the lookup under way ends in storing this record
         lookup_id = self._make_lookup_id("publish")
         self._publishing[lookup_id] = key
         return self._start(lookup_id, key, "nodes", now, ())
 
-    def unpublish(self, key: bytes) -> None:
-        """Stops renewing ``key``; what others store expires within :data:`MAX_TTL_S`."""
-        self._publications.pop(key, None)
+    def unpublish(self, key: bytes, now: float) -> list[Effect]:
+        """Points ``key`` at this node no more: whoever keeps the pointer is given a newer one, without addresses.
+
+        That one lives as long as the other would have, so that no replay revives it.
+        """
+        publication = self._publications.pop(key, None)
+        if publication is None:
+            return []
+        signed, seq = self._point(key, [], now)
+        message = Store(records=[signed])
+        return [self._send(contact, message, key=key, seq=seq) for contact in publication.keepers]
+
+    def _point(self, key: bytes, addrs: list[str], now: float) -> tuple[Signed, int]:
+        """A new pointer of this node, kept here too, and its sequence number."""
+        stored = [pointer.seq for pointer, _ in self.store.get(key, now) if pointer.peer_id == self.peer_id]
+        seq = max(int(now * 1000), *(n + 1 for n in stored), 0)  # grows across restarts and clocks set back
+        pointer = Pointer(key=key, peer_id=self.peer_id, addrs=addrs, seq=seq, expires_at=now + MAX_TTL_S)
+        signed = seal(pointer, POINTER_KIND, self._key, self._swarm)
+        with contextlib.suppress(RemoteProtocolError):  # our store is full of others' records; theirs keep ours
+            self.store.put(signed, now)
+        return signed, seq
 
     def tick(self, now: float) -> list[Effect]:
         """What is due by now: joining, republishing, refreshing buckets, probing silent contacts, dropping records."""
@@ -179,6 +195,16 @@ class Kademlia:
             self._swept_at = now
             self.store.tick(now)
         return effects
+
+    def shift(self, by_s: float) -> None:
+        """The clock was set by ``by_s``: what happened ``n`` seconds ago still did. Records keep the times their
+        publishers gave them."""
+        self.table.shift(by_s)
+        self._seeded_at += by_s
+        self._swept_at += by_s
+        self._shunned = {peer: until + by_s for peer, until in self._shunned.items()}
+        for publication in self._publications.values():
+            publication.due_at += by_s
 
     # -- what the network says ----------------------------------------------------------------------------------
 
@@ -316,8 +342,8 @@ class Kademlia:
             return self._store_at(key, lookup.get_closest())
         if lookup_id.startswith(_INTERNAL):
             return []
-        # A record may have expired while the lookup ran.
-        records = [pointer for pointer, _ in lookup.records.values() if pointer.expires_at > now]
+        # A record may have expired while the lookup ran; one without addresses says that its publisher left the key.
+        records = [pointer for pointer, _ in lookup.records.values() if pointer.expires_at > now and pointer.addrs]
         return [LookupDone(lookup_id=lookup_id, contacts=lookup.get_closest(), records=records)]
 
     def _send(
@@ -338,6 +364,7 @@ class Kademlia:
         if publication is None:
             return []  # unpublished meanwhile
         publication.stores = publication.asked = len(contacts)
+        publication.keepers = contacts
         if not contacts:
             return [PublishDone(key=key, stored=0, asked=0)]
         message = Store(records=[publication.signed])

@@ -70,6 +70,8 @@ class ReplicaRouter:
         candidates: Mapping[int, Sequence[PeerId]],
         now: float,
         exclude: AbstractSet[PeerId] = _NOBODY,
+        *,
+        is_retry: bool = False,
     ) -> Plan:
         """``{peer: [experts]}``: every expert of ``rows`` exactly once, at one of its candidates.
 
@@ -77,6 +79,8 @@ class ReplicaRouter:
             rows: how many rows go to each expert.
             candidates: who holds each expert.
             exclude: peers that already failed this call. A cooling peer is used only if nobody else can.
+            is_retry: this is no time to try newcomers, of which any number may come and stay silent: peers that have
+                answered before come first.
 
         Returns:
             A plan that may be shared with later calls: read it, don't change it.
@@ -84,8 +88,8 @@ class ReplicaRouter:
         Raises:
             NoPeerCouldServe: with every expert of ``layer`` that has no candidate left.
         """
-        if exclude:
-            return self._plan(layer, rows, candidates, now, exclude)
+        if exclude or is_retry:
+            return self._plan(layer, rows, candidates, now, exclude, is_retry=is_retry)
         plan = self._get_plan(layer, rows, candidates, now)
         self._choices += 1
         return plan if self._choices % EXPLORE_EVERY else self._explore(plan, layer, rows, candidates, now)
@@ -187,12 +191,16 @@ class ReplicaRouter:
         candidates: Mapping[int, Sequence[PeerId]],
         now: float,
         exclude: AbstractSet[PeerId],
+        *,
+        is_retry: bool = False,
     ) -> Plan:
         usable: dict[int, Sequence[PeerId]] = {}
         missing: list[int] = []
         for expert in rows:
             peers = [peer for peer in candidates.get(expert, ()) if peer not in exclude]
             usable[expert] = [peer for peer in peers if not self.is_cooling(peer, now)] or peers
+            if is_retry:
+                usable[expert] = [peer for peer in usable[expert] if self._get(peer, now).by_size] or usable[expert]
             if not peers:
                 missing.append(expert)
         if missing:

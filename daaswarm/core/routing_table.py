@@ -132,6 +132,14 @@ class RoutingTable:
         stale = [i for i, bucket in enumerate(self._buckets) if bucket.refreshed_at < before]
         return [self._get_random_id(i, rng) for i in stale[:limit]]
 
+    def shift(self, by_s: float) -> None:
+        """The clock was set by ``by_s``; every time noted so far moves with it."""
+        for bucket in self._buckets:
+            bucket.refreshed_at += by_s
+            for entry in (*bucket.entries.values(), *bucket.spares.values()):
+                entry.seen_at += by_s
+                entry.failed_at += by_s
+
     def validate(self) -> None:
         """Asserts the invariants."""
         assert 1 <= len(self._buckets) <= ID_BITS

@@ -58,7 +58,7 @@ def open_signed(signed: messages.Signed, struct_type: type[Record], kind: str, s
     """
     # Cheapest check first: garbage must not cost a signature verification.
     try:
-        record = cast("Record", messages.get_decoder(struct_type).decode(signed.payload))
+        record = cast("Record", messages.decode(struct_type, signed.payload))
     except msgspec.MsgspecError as error:
         raise RemoteProtocolError(f"undecodable {kind} record: {error}") from error
     if get_peer_id(signed.public_key) != record.peer_id:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,6 +11,7 @@ import torch
 import trio
 
 from daaswarm.core.admission import Admission, Refused, Ticket
+from daaswarm.core.courtesy import Pause
 from daaswarm.errors import Busy, ConfigError, ExpertError, RemoteProtocolError, TooLarge
 from daaswarm.messages import ExpertCall, ExpertReply
 from daaswarm.types import DTYPE_BYTES, Dtype, ModelRoot, PeerId, format_range
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 INLINE_BYTES = 32 << 20  # weights touched
 INLINE_ROWS = 4  # rows; the work per weight read
 INLINE_PAIRS = 256  # 64 experts a row
+CALL_ROWS = 4_096  # of one call, so that bodies and sums stay small; a requester's call has 512
+BLOCK_ROWS = 512  # computed between two looks whether anybody still waits; as many as a requester sends
+BLOCK_PAIRS = 4_096  # likewise, where each row names experts: 512 rows x top-8
 PAIRS_BYTES = 1 << 30  # pairs x hidden x f32: the rows that one call may have gathered; 512 rows x top-32 x 16,384
 
 TORCH_DTYPES: dict[str, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -68,19 +72,38 @@ class ExpertService:
 
     Args:
         threads: torch's threads for computing; 0 for one per core.
+
+    Attributes:
+        pause: while it is set, peers' calls get ``Busy``. Those admitted before are finished, and this node's own
+            (:meth:`compute`) go on.
     """
 
     def __init__(self, *, threads: int = 0) -> None:
         if threads:
             torch.set_num_threads(threads)
         self.models: dict[tuple[ModelRoot, Dtype], HostedModel] = {}
+        self.pause: Pause | None = None
         self._admission = Admission()
         self._turns: dict[Ticket, trio.Event] = {}
         self._computing = False
+        # Of its own: trio's default threads may all be taken by something that waits for this very answer.
+        self._threads = trio.CapacityLimiter(1)
 
     def add(self, model: HostedModel) -> None:
         """Serve a model's experts from now on, beside those already served."""
         self.check_free(model.root, model.name, model.dtype, model.layers)
+        known = self.models.setdefault((model.root, model.dtype), model)
+        if known is not model:
+            known.layers |= model.layers
+            known.ids |= model.ids
+
+    def put(self, model: HostedModel) -> None:
+        """Serve a model's layers from now on, each in the place of what is served of it. Calls in flight keep theirs.
+
+        Raises:
+            ConfigError: this node serves the model in another dtype.
+        """
+        self.check_free(model.root, model.name, model.dtype, ())
         known = self.models.setdefault((model.root, model.dtype), model)
         if known is not model:
             known.layers |= model.layers
@@ -100,7 +123,7 @@ class ExpertService:
             if taken:
                 raise ConfigError(
                     f"this node serves {name}, layers {format_range(taken)}, already",
-                    hint="stop the other host-expert first, choose other --layers, or another --data-dir",
+                    hint="stop the other host-expert (or expert remove) first, or choose other --layers",
                 )
 
     def remove(self, root: ModelRoot, dtype: Dtype, layers: Iterable[int]) -> None:
@@ -120,24 +143,28 @@ class ExpertService:
         """Compute a small call at once; ``None`` for one that belongs in a thread.
 
         Raises:
+            Busy: the host is paused.
             ExpertError: not held here.
             RemoteProtocolError: the call contradicts itself or its body.
         """
+        self._check_pause()
         hosted, layer = self._check(call, len(body))
         touched = layer.nbytes * len(call.experts) // max(1, len(layer.ids))
-        if call.rows > INLINE_ROWS or call.pairs > INLINE_PAIRS or touched > INLINE_BYTES:
+        pairs = min(INLINE_PAIRS, INLINE_ROWS * len(call.experts))  # or one expert could be named 256 times
+        if call.rows > INLINE_ROWS or call.pairs > pairs or touched > INLINE_BYTES:
             return None
         return self._compute(hosted, layer, call, body)
 
     async def serve(
         self, peer: PeerId, call: ExpertCall, body: memoryview, deadline_s: float
     ) -> tuple[ExpertReply, Sequence[Buffer]]:
-        """Compute a call in the worker thread, in its turn.
+        """Compute a call in the worker thread, in its turn. When cancelled it ends within a block of rows.
 
         Raises:
-            Busy: the queue is longer than half of the call's deadline.
+            Busy: the host is paused, or its queue is longer than half of the call's deadline.
             ExpertError, RemoteProtocolError: as :meth:`serve_inline`.
         """
+        self._check_pause()
         hosted, layer = self._check(call, len(body))
         work = call.pairs or call.rows * len(call.experts)
         admitted = self._admission.try_admit(peer, work, deadline_s, trio.current_time())
@@ -153,7 +180,9 @@ class ExpertService:
         try:
             await turn.wait()
             started = trio.current_time()
-            answer = await trio.to_thread.run_sync(self._compute, hosted, layer, call, body)
+            answer = await trio.to_thread.run_sync(
+                self._compute, hosted, layer, call, body, trio.from_thread.check_cancelled, limiter=self._threads
+            )
             service_s = trio.current_time() - started
             return answer
         finally:
@@ -177,19 +206,33 @@ class ExpertService:
         """
         return self._compute(*self._check(call, len(body)), call, body)
 
+    def _check_pause(self) -> None:
+        if self.pause is not None:
+            raise Busy(
+                f"this host is paused: {self.pause.reason}",
+                hint="ask another replica",
+                retry_after_s=self.pause.retry_after_s,
+            )
+
     def _check(self, call: ExpertCall, body_bytes: int) -> tuple[HostedModel, Layer]:
         hosted = self.models.get((call.model_root, call.dtype))  # type: ignore[arg-type]
         if hosted is None:
             raise ExpertError(
                 f"model {call.model_root[:12]} in {call.dtype} is not held here", hint="ask for this peer's adverts"
             )
-        layer = hosted.layers.get(call.layer)
-        if layer is None or not hosted.ids[call.layer].issuperset(call.experts):
-            lacking = sorted(set(call.experts) - hosted.ids.get(call.layer, frozenset()))
+        layer, held = hosted.layers.get(call.layer), hosted.ids.get(call.layer)
+        if layer is None or held is None:  # one without the other: it is being removed, in trio's thread
+            held = frozenset()
+        wanted = frozenset(call.experts)
+        if layer is None or not wanted <= held:
             raise ExpertError(
-                f"layer {call.layer}: experts {format_range(lacking)} are not held here",
+                f"layer {call.layer}: experts {format_range(sorted(wanted - held))} are not held here",
                 hint="ask for this peer's adverts",
             )
+        if len(wanted) != len(call.experts):
+            raise RemoteProtocolError("expert call: it names an expert twice", reject=False)
+        if call.rows > CALL_ROWS:
+            raise TooLarge(f"expert call: {call.rows} rows; {CALL_ROWS} are allowed", hint="split the call")
         expected = call.rows * call.hidden * DTYPE_BYTES[call.dtype] + 12 * call.pairs
         if call.hidden != hosted.hidden or body_bytes != expected or (call.pairs == 0) != (hosted.kind == "dense"):
             raise RemoteProtocolError(
@@ -203,17 +246,21 @@ class ExpertService:
         return hosted, layer
 
     def _compute(
-        self, hosted: HostedModel, layer: Layer, call: ExpertCall, body: memoryview
+        self,
+        hosted: HostedModel,
+        layer: Layer,
+        call: ExpertCall,
+        body: memoryview,
+        check_cancelled: Callable[[], object] | None = None,
     ) -> tuple[ExpertReply, Sequence[Buffer]]:
         started = time.perf_counter_ns()
         rows = torch.frombuffer(body, dtype=TORCH_DTYPES[call.dtype], count=call.rows * call.hidden)
         rows = rows.view(call.rows, call.hidden)
         with torch.inference_mode():
             if call.pairs:
-                row_index, expert_index, weights = self._read_pairs(call, frozenset(layer.ids), body)
-                sums = layer.compute_pairs(rows, row_index, expert_index, weights)
+                sums = _compute_pairs(layer, rows, *_read_pairs(call, body), check_cancelled)
             else:
-                sums = layer.compute_slices(rows, call.experts)
+                sums = _compute_slices(layer, rows, call.experts, check_cancelled)
         hosted.calls += 1
         hosted.rows += call.rows
         reply = ExpertReply(
@@ -224,14 +271,52 @@ class ExpertService:
         )
         return reply, [sums.contiguous().numpy().data.cast("B")]
 
-    def _read_pairs(
-        self, call: ExpertCall, held: frozenset[int], body: memoryview
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(pairs,) rows int64, (pairs,) experts int64, (pairs,) weights f32; every number checked."""
-        at = call.rows * call.hidden * DTYPE_BYTES[call.dtype]
-        rows = torch.frombuffer(body, dtype=torch.int32, offset=at, count=call.pairs).long()
-        experts = torch.frombuffer(body, dtype=torch.int32, offset=at + 4 * call.pairs, count=call.pairs).long()
-        weights = torch.frombuffer(body, dtype=torch.float32, offset=at + 8 * call.pairs, count=call.pairs)
-        if int(rows.min()) < 0 or int(rows.max()) >= call.rows or not held.issuperset(experts.unique().tolist()):
-            raise RemoteProtocolError("expert call: a pair names a row or expert outside the call", reject=False)
-        return rows, experts, weights
+
+def _read_pairs(call: ExpertCall, body: memoryview) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(pairs,) rows int64, (pairs,) experts int64, (pairs,) weights f32; all within what the call announced."""
+    at = call.rows * call.hidden * DTYPE_BYTES[call.dtype]
+    rows = torch.frombuffer(body, dtype=torch.int32, offset=at, count=call.pairs).long()
+    experts = torch.frombuffer(body, dtype=torch.int32, offset=at + 4 * call.pairs, count=call.pairs).long()
+    weights = torch.frombuffer(body, dtype=torch.float32, offset=at + 8 * call.pairs, count=call.pairs)
+    announced = frozenset(call.experts)
+    if int(rows.min()) < 0 or int(rows.max()) >= call.rows or not announced.issuperset(experts.unique().tolist()):
+        raise RemoteProtocolError("expert call: a pair names a row or expert outside the call", reject=False)
+    return rows, experts, weights
+
+
+def _compute_slices(
+    layer: Layer, rows: torch.Tensor, slices: list[int], check_cancelled: Callable[[], object] | None
+) -> torch.Tensor:
+    if len(rows) <= BLOCK_ROWS:
+        return layer.compute_slices(rows, slices)
+    sums = torch.empty(rows.shape, dtype=torch.float32)
+    for start in range(0, len(rows), BLOCK_ROWS):
+        if check_cancelled is not None:
+            check_cancelled()
+        sums[start : start + BLOCK_ROWS] = layer.compute_slices(rows[start : start + BLOCK_ROWS], slices)
+    return sums
+
+
+def _compute_pairs(
+    layer: Layer,
+    rows: torch.Tensor,
+    row_index: torch.Tensor,
+    expert_index: torch.Tensor,
+    weights: torch.Tensor,
+    check_cancelled: Callable[[], object] | None,
+) -> torch.Tensor:
+    if len(rows) <= BLOCK_ROWS and len(row_index) <= BLOCK_PAIRS:
+        return layer.compute_pairs(rows, row_index, expert_index, weights)
+    sums = torch.zeros(rows.shape, dtype=torch.float32)
+    for start in range(0, len(rows), BLOCK_ROWS):
+        part = slice(start, start + BLOCK_ROWS)
+        mine = ((row_index >= start) & (row_index < start + BLOCK_ROWS)).nonzero()[:, 0]
+        mine = mine[expert_index[mine].argsort(stable=True)]  # so that a block of pairs touches few experts
+        for chosen in mine.split(BLOCK_PAIRS):
+            if check_cancelled is not None:
+                check_cancelled()
+            if len(chosen):
+                sums[part] += layer.compute_pairs(
+                    rows[part], row_index[chosen] - start, expert_index[chosen], weights[chosen]
+                )
+    return sums

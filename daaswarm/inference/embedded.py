@@ -23,6 +23,17 @@ from daaswarm.types import Dtype, format_range
 START_S = 120.0  # importing torch and reading a slow disk; a host that failed says so at once
 STOP_S = 5.0  # a clean leave; then the process is killed
 EVENT_BYTES = 1 << 20  # one line of a child's output
+UNLIMITED = "1000TB"  # of experts: what they hold, the ranges given to them say
+NOT_THEIRS = (  # settings of this node that a host of its own must not have: addresses, and whom it pauses for
+    "HOME",
+    "NETWORK_BOOTSTRAP",
+    "NETWORK_LISTEN",
+    "NETWORK_ANNOUNCE",
+    "HOST_QUIET_HOURS",
+    "HOST_PAUSE_WHEN_BUSY",
+    "HOST_UPLOAD",
+)
+SAID_PIECES = 256  # of the children's messages waiting to be shown, at most 64 KiB each; then they are dropped
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,8 @@ async def run_embedded_hosts(
         try:
             with unwrap_groups():
                 async with trio.open_nursery() as nursery:
+                    said, to_show = trio.open_memory_channel[bytes](SAID_PIECES)
+                    nursery.start_soon(_show, to_show)
 
                     async def start(number: int, held: tuple[list[int], list[int] | None]) -> None:
                         command = [sys.executable, "-m", "daaswarm", "host-expert", model, "--json"]
@@ -90,7 +103,8 @@ async def run_embedded_hosts(
                             command += ["--bootstrap", address]
                         environment = {**os.environ, "DAASWARM_NETWORK_LIBP2P": "false"}
                         environment |= {"DAASWARM_NETWORK_SWARM": swarm, "DAASWARM_HOST_THREADS": str(threads)}
-                        for name in ("HOME", "NETWORK_BOOTSTRAP", "NETWORK_LISTEN", "NETWORK_ANNOUNCE"):
+                        environment["DAASWARM_HOST_MEMORY"] = UNLIMITED
+                        for name in NOT_THEIRS:
                             environment.pop(f"DAASWARM_{name}", None)  # this node's, not theirs
                         process = await trio.lowlevel.open_process(
                             command,
@@ -101,7 +115,7 @@ async def run_embedded_hosts(
                             start_new_session=True,  # Ctrl-C in the terminal reaches us alone; we stop them
                         )
                         processes.append(process)
-                        nursery.start_soon(_drain, process)
+                        nursery.start_soon(_drain, process, said)
                         ready = await _wait_ready(process, number)
                         hosts.append(EmbeddedHost(process, ready["peer_id"], ready["addrs"], *held))
 
@@ -154,11 +168,19 @@ async def _wait_ready(process: trio.Process, number: int) -> dict[str, Any]:
     raise DaaswarmError(f"embedded host {number} was not ready within {START_S:.0f} s", hint="is the machine busy?")
 
 
-async def _drain(process: trio.Process) -> None:
-    """Pass a child's messages on to our standard error, so that nothing it says is lost and its pipe never fills."""
+async def _drain(process: trio.Process, said: trio.MemorySendChannel[bytes]) -> None:
+    """Take what a child says, so that its pipe never fills: a host that can't say something must not stand still."""
     assert process.stderr is not None
     async for data in process.stderr:
-        os.write(2, data)
+        with contextlib.suppress(trio.WouldBlock):  # whoever reads our standard error is far behind
+            said.send_nowait(bytes(data))
+
+
+async def _show(to_show: trio.MemoryReceiveChannel[bytes]) -> None:
+    """Pass the children's messages on to our standard error; in a thread, since its reader may have stopped."""
+    async for data in to_show:
+        with contextlib.suppress(OSError):  # nobody can be told
+            await trio.to_thread.run_sync(os.write, 2, data, abandon_on_cancel=True)
 
 
 async def _drain_stdout(process: trio.Process) -> None:

@@ -55,8 +55,12 @@ class HostPlan:
 
 
 def make_plan(model: LocalModel, known: list[Known], dtype: Dtype) -> HostPlan:
-    """What believed adverts mean for one model; experts that the model doesn't have are left out."""
+    """What believed adverts mean for one model; experts that the model doesn't have are left out.
+
+    A host that says it is paused is asked only for experts that nobody else has.
+    """
     holders: dict[ExpertId, list[PeerId]] = {}
+    paused: dict[ExpertId, list[PeerId]] = {}
     contacts: dict[PeerId, Contact] = {}
     for item in known:
         advert = item.advert
@@ -67,5 +71,7 @@ def make_plan(model: LocalModel, known: list[Known], dtype: Dtype) -> HostPlan:
         for layer, experts in item.experts.items():
             for expert in experts:
                 if expert < model.layers.get(layer, 0):
-                    holders.setdefault(ExpertId(layer, expert), []).append(peer)
+                    wanted = paused if advert.paused else holders
+                    wanted.setdefault(ExpertId(layer, expert), []).append(peer)
+    holders = paused | holders
     return HostPlan(model.root, dtype, dict(model.layers), holders, contacts, kind=model.kind)

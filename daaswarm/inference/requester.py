@@ -1,13 +1,13 @@
-"""One answer from beginning to end: find hosts, load the trunk, generate, report."""
+"""Answers of one node: load trunks, have prompts answered by them, report who did the work."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import statistics
 import threading
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 import outcome
@@ -15,18 +15,25 @@ import torch
 import trio
 
 from daaswarm.core.router import ReplicaRouter
-from daaswarm.errors import NoPeerCouldServe
-from daaswarm.inference.generation import Generated, Prompt, encode_prompt, generate
+from daaswarm.errors import DaaswarmError, NoPeerCouldServe
+from daaswarm.inference.alone import KeptCache, generate_alone
+from daaswarm.inference.batching import Batch, can_batch
 from daaswarm.inference.plan import HostPlan
+from daaswarm.inference.prompt import Prompt, encode_prompt
+from daaswarm.inference.rope import separate_ropes
+from daaswarm.inference.sequence import Sequence
 from daaswarm.inference.swarm_experts import LocalCompute, SwarmExperts
+from daaswarm.inference.text_stream import TextStream
+from daaswarm.messages import Contact
 from daaswarm.models.manifest import Progress
 from daaswarm.models.sources import LocalModel
-from daaswarm.models.trunk import load_tokenizer, load_trunk
+from daaswarm.models.trunk import ExpertsFn, load_tokenizer, load_trunk
 from daaswarm.net.network import Network
 from daaswarm.types import DTYPE_BYTES, Dtype, ModelRoot, PeerId
 
 TRUNKS = 2  # kept loaded by a node: the model in use and the one before
-TEXT_BACKLOG = 1024  # pieces of text that a slow reader may be behind before the model waits for it
+ALONE = 8  # answers at once of models that can't share passes; each is a thread, more wait
+CONNECT_S = 3.0  # in which hosts found in the middle of an answer are connected; it doesn't wait for the silent ones
 
 FindHosts = Callable[[LocalModel, Dtype], Awaitable[HostPlan]]
 Emit = Callable[[dict[str, Any]], Awaitable[None]]
@@ -34,13 +41,28 @@ Emit = Callable[[dict[str, Any]], Awaitable[None]]
 logger = logging.getLogger(__name__)
 
 
-@dataclass
 class Trunk:
-    """A model without its experts, and what it needs to read and write text."""
+    """A model without its experts, and what it needs to read and write text.
 
-    model: Any
-    tokenizer: Any
-    parameters: int
+    Attributes:
+        can_batch: its answers share forward passes.
+        batch: where they do, once there was one.
+        kept: what answers that don't leave for the next one.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.can_batch = can_batch(model)
+        self.batch: Batch | None = None
+        self.kept = KeptCache(model)
+
+    def forget(self) -> None:
+        """Keep nothing of earlier answers."""
+        self.kept.clear()
+        if self.batch is not None:
+            self.batch.forget()
 
 
 class SharedRouter(ReplicaRouter):
@@ -73,6 +95,7 @@ class Requester:
     Args:
         network: carries the calls.
         find_hosts: asks the swarm who serves a model in a dtype.
+        nursery: runs what answers share; cancelling it ends all of them.
         call_timeout_s: the deadline of one expert call.
         local: computes a call with this node's own experts.
         threads: torch's threads; 0 leaves torch's choice.
@@ -82,6 +105,7 @@ class Requester:
         self,
         network: Network,
         find_hosts: FindHosts,
+        nursery: trio.Nursery,
         *,
         call_timeout_s: float,
         local: LocalCompute | None = None,
@@ -91,12 +115,16 @@ class Requester:
             torch.set_num_threads(threads)
         self._network = network
         self._find_hosts = find_hosts
+        self._nursery = nursery
         self._call_timeout_s = call_timeout_s
         self._local = local
         self._router = SharedRouter(random.Random())
         self._trunks: dict[tuple[ModelRoot, Dtype], Trunk] = {}
         self._loading = trio.Lock()
-        self._current = threading.local()  # .experts: the SwarmExperts of the answer that this thread computes
+        self._model_threads = trio.CapacityLimiter(TRUNKS + ALONE)  # not trio's own, which files and names share
+        self._alone = trio.CapacityLimiter(ALONE)
+        # What the model has of its own in this thread: .compute (ExpertsFn) and .ropes.
+        self._current = threading.local()
 
     async def load(self, model: LocalModel, dtype: Dtype, progress: Progress) -> Trunk:
         """The model's trunk, from memory or disk."""
@@ -115,40 +143,40 @@ class Requester:
         def experts(
             layer: int, rows: torch.Tensor, index: torch.Tensor | None, weights: torch.Tensor | None
         ) -> torch.Tensor:
-            return self._current.experts(layer, rows, index, weights)
+            return self._current.compute(layer, rows, index, weights)
 
         trunk = load_trunk(model, dtype, experts, progress)
-        return Trunk(trunk, load_tokenizer(model), sum(p.numel() for p in trunk.parameters()))
+        separate_ropes(trunk, lambda: self._current.ropes)
+        return Trunk(trunk, load_tokenizer(model))
 
     def make_experts(self, model: LocalModel, plan: HostPlan) -> SwarmExperts:
-        """The experts of one answer. Call from trio; the object then lives in the model's thread."""
+        """The experts of one answer, or of one batch. Call from trio; the object then lives in the model's thread."""
         return SwarmExperts(
             plan,
             self._network,
             self._router,
-            refresh=lambda: trio.from_thread.run(self._find_hosts, model, plan.dtype),
+            refresh=lambda: trio.from_thread.run(self._find_again, model, plan.dtype),
             call_timeout_s=self._call_timeout_s,
             model_name=model.name,
             local=self._local,
         )
 
-    async def run(self, experts: SwarmExperts, work: Callable[[], Any]) -> Any:
-        """Run ``work``, which uses a trunk, in a thread where the trunk's experts are ``experts``."""
+    async def _find_again(self, model: LocalModel, dtype: Dtype) -> HostPlan:
+        """Hosts as of now, connected where they can be: the model's thread only calls."""
 
-        def in_thread() -> Any:
-            self._current.experts = experts
+        async def connect(contact: Contact) -> None:
             try:
-                return work()
-            finally:
-                del self._current.experts
+                await self._network.connect(contact)
+            except DaaswarmError as error:
+                logger.info("host %s: %s", contact.peer_id, error)
 
-        # Cancelling doesn't abandon the thread: it ends at its next layer, so that nothing computes on unseen.
-        async with trio.open_nursery() as nursery:
-            await nursery.start(_stop_when_cancelled, experts)
-            done = await trio.to_thread.run_sync(outcome.capture, in_thread, abandon_on_cancel=False)
-            experts.finished = True
-            nursery.cancel_scope.cancel()
-        return done.unwrap()
+        plan = await self._find_hosts(model, dtype)
+        with trio.move_on_after(CONNECT_S):  # the dials go on
+            async with trio.open_nursery() as nursery:
+                for peer, contact in plan.contacts.items():
+                    if peer != self._network.peer_id and not self._network.is_connected(peer):
+                        nursery.start_soon(connect, contact)
+        return plan
 
     async def answer(
         self, model: LocalModel, trunk: Trunk, plan: HostPlan, prompt: Prompt, emit: Emit
@@ -158,65 +186,120 @@ class Requester:
         Raises:
             NoPeerCouldServe: with the text so far.
             ConfigError: a prompt that doesn't fit.
+            Busy: too many answers wait already.
         """
         ids = encode_prompt(prompt, trunk.tokenizer, model.name)
         plan.check_complete(model.name)
-        experts = self.make_experts(model, plan)
-        result = Generated()
-        send, receive = trio.open_memory_channel[str](TEXT_BACKLOG)
+        # Nothing waits for a slow reader: the text is bounded by max_tokens, and others share the passes.
+        send, receive = trio.open_memory_channel[str](float("inf"))
+        in_trio = trio.lowlevel.current_trio_token().run_sync_soon
+
+        def deliver(piece: str) -> None:
+            with contextlib.suppress(trio.ClosedResourceError, trio.BrokenResourceError):  # the asker has left
+                send.send_nowait(piece)
+
+        stream = TextStream(trunk.tokenizer, prompt.stop, lambda piece: in_trio(deliver, piece))
+        sequence = Sequence(trunk.model, model.name, ids, prompt.sampling, stream)
 
         async def pass_on() -> None:
             async for piece in receive:
                 await emit({"event": "text", "text": piece})
 
-        def work() -> None:
-            generate(
-                trunk.model,
-                trunk.tokenizer,
-                ids,
-                prompt,
-                model_name=model.name,
-                on_text=lambda piece: trio.from_thread.run(send.send, piece),
-                is_cancelled=experts.stop.is_set,
-                result=result,
-            )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pass_on)
+            await self.complete(model, trunk, plan, sequence)
+            send.close()  # in trio's queue behind the last piece, so pass_on sees all of it first
+        if isinstance(sequence.error, NoPeerCouldServe):
+            sequence.error.text = sequence.text
+        if sequence.error is not None:
+            raise sequence.error
+        return describe(model, trunk, plan, sequence)
 
+    async def complete(self, model: LocalModel, trunk: Trunk, plan: HostPlan, sequence: Sequence) -> None:
+        """Run a sequence to its end; an error is left in it. Cancelling ends its calls.
+
+        Raises:
+            Busy: too many answers wait already.
+        """
+        if trunk.can_batch:
+            await self._complete_together(model, trunk, plan, sequence)
+        else:
+            await self._complete_alone(model, trunk, plan, sequence)
+
+    async def _complete_together(self, model: LocalModel, trunk: Trunk, plan: HostPlan, sequence: Sequence) -> None:
+        if trunk.batch is None:
+            trunk.batch = Batch(trunk.model, self.make_experts(model, plan))
+        batch = trunk.batch
+        ended = trio.Event()
+        in_trio = trio.lowlevel.current_trio_token().run_sync_soon
+        if batch.submit(sequence, plan, lambda: in_trio(ended.set)):
+            self._nursery.start_soon(self._work, batch)
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(pass_on)
-                async with send:
-                    await self.run(experts, work)
-        except BaseException as error:
-            lost = find_error(error, NoPeerCouldServe)
-            if lost is None:
-                raise
-            lost.text = result.text
-            raise lost from None
-        return describe(model, trunk, experts, result)
+            await ended.wait()
+        except trio.Cancelled:
+            batch.cancel(sequence)
+            raise
+
+    async def _work(self, batch: Batch) -> None:
+        """Run a batch until it has nothing left to do."""
+        await self.run_model(batch.compute, batch.work, batch.cancel_all)
+
+    async def _complete_alone(self, model: LocalModel, trunk: Trunk, plan: HostPlan, sequence: Sequence) -> None:
+        async with self._alone:
+            experts = self.make_experts(model, plan)
+
+            def stop() -> None:
+                sequence.is_cancelled = True
+                experts.cancel()
+
+            def work() -> None:
+                try:
+                    generate_alone(sequence, trunk.kept)
+                except Exception as error:  # noqa: BLE001 - whoever asked gets it
+                    sequence.end("error", error)
+                finally:
+                    sequence.note_use(*experts.take_use(), share=1.0)
+
+            await self.run_model(experts, work, stop)
+
+    async def run_model(self, compute: ExpertsFn, work: Callable[[], Any], stop: Callable[[], None]) -> Any:
+        """Run ``work``, which uses a trunk, in a thread where the trunk's experts are ``compute``; returns its result.
+
+        Args:
+            stop: called when this is cancelled; ``work`` must then end soon.
+        """
+
+        def in_thread() -> Any:
+            self._current.compute, self._current.ropes = compute, {}
+            try:
+                return work()
+            finally:
+                del self._current.compute, self._current.ropes
+
+        async def stop_when_cancelled(*, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
+            try:
+                task_status.started()
+                await trio.sleep_forever()
+            finally:
+                if not is_done:
+                    stop()
+
+        # Cancelling doesn't abandon the thread: it ends at its next layer, so that nothing computes on unseen.
+        is_done = False
+        async with trio.open_nursery() as nursery:
+            await nursery.start(stop_when_cancelled)
+            done = await trio.to_thread.run_sync(
+                outcome.capture, in_thread, abandon_on_cancel=False, limiter=self._model_threads
+            )
+            is_done = True
+            nursery.cancel_scope.cancel()
+        return done.unwrap()
 
 
-async def _stop_when_cancelled(experts: SwarmExperts, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
-    try:
-        task_status.started()
-        await trio.sleep_forever()
-    finally:
-        if not experts.finished:
-            experts.cancel()
-
-
-def find_error(error: BaseException, kind: type[NoPeerCouldServe]) -> NoPeerCouldServe | None:
-    """The first ``kind`` in an error or group of errors."""
-    if isinstance(error, kind):
-        return error
-    for inner in getattr(error, "exceptions", ()):
-        found = find_error(inner, kind)
-        if found is not None:
-            return found
-    return None
-
-
-def describe(model: LocalModel, trunk: Trunk, experts: SwarmExperts, result: Generated) -> dict[str, Any]:
+def describe(model: LocalModel, trunk: Trunk, plan: HostPlan, sequence: Sequence) -> dict[str, Any]:
     """The result object of the command contract."""
+    tokens = len(sequence.token_ids)
+    first_s = sequence.first_token_at - sequence.started_at if sequence.first_token_at else sequence.seconds
     remote = (
         sum(count * model.expert_bytes(layer, "f32") for layer, count in model.layers.items()) // DTYPE_BYTES["f32"]
     )
@@ -224,25 +307,26 @@ def describe(model: LocalModel, trunk: Trunk, experts: SwarmExperts, result: Gen
         {
             "peer_id": peer,
             "calls": use.calls,
-            "rows": use.rows,
-            "bytes_sent": use.bytes_sent,
-            "bytes_received": use.bytes_received,
+            "rows": round(use.rows),
+            "bytes_sent": round(use.bytes_sent),
+            "bytes_received": round(use.bytes_received),
             "p50_ms": round(statistics.median(use.latencies_s) * 1000, 3) if use.latencies_s else 0.0,
         }
-        for peer, use in sorted(experts.hosts.items())
+        for peer, use in sorted(sequence.hosts.items())
     ]
     return {
-        "text": result.text,
+        "text": sequence.text,
         "model": model.name,
         "model_root": model.root,
-        "dtype": experts.plan.dtype,
-        "finish_reason": result.finish_reason,
-        "prompt_tokens": result.prompt_tokens,
-        "completion_tokens": len(result.token_ids),
-        "tokens_per_s": round(len(result.token_ids) / result.seconds, 3) if result.seconds else 0.0,
-        "time_to_first_token_s": round(result.time_to_first_token_s, 4),
-        "calls": sum(use.calls for use in experts.hosts.values()),
-        "retries": experts.retries,
+        "dtype": plan.dtype,
+        "finish_reason": sequence.finish_reason,
+        "prompt_tokens": sequence.prompt_tokens,
+        "reused_tokens": sequence.reused_tokens,
+        "completion_tokens": tokens,
+        "tokens_per_s": round(tokens / sequence.seconds, 3) if sequence.seconds else 0.0,
+        "time_to_first_token_s": round(first_s, 4),
+        "calls": sum(use.calls for use in sequence.hosts.values()),
+        "retries": sequence.retries,
         "requester_parameters": trunk.parameters,
         "remote_parameters": remote,
         "hosts": hosts,

@@ -7,10 +7,12 @@ out, and its share alone is asked of another replica: the answer stays the same,
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,25 +22,27 @@ from daaswarm.errors import (
     Busy,
     ConnectionLost,
     DaaswarmError,
-    DeadlineExceeded,
-    ExpertError,
+    LocalProtocolError,
     RemoteProtocolError,
+    TooLarge,
     Unreachable,
 )
 from daaswarm.inference.plan import HostPlan
+from daaswarm.inference.shares import Share
+from daaswarm.inference.use import LATENCIES, HostUse
 from daaswarm.messages import ExpertCall, ExpertReply
-from daaswarm.net.connection import PendingCall
 from daaswarm.net.network import Network
+from daaswarm.net.pending import PendingCall
 from daaswarm.types import PeerId
 
 ROWS_PER_CALL = 512  # a longer prefill travels as several calls, so that hosts start before all is sent
 BUSY_RETRIES = 20  # times that one share waits for a busy host before the host counts as failing
+BUSY_WAIT_S = 2.0  # at once for a busy host, whatever it asks for: it might ask for ever
 REPLICA_PATIENCE_S = 2.0  # a silent host is given up after this (or 20 times its usual latency) if a replica exists
-LATENCIES = 100_000  # kept per host for the median
 
-RETRYABLE = (ConnectionLost, Unreachable, DeadlineExceeded, Busy, ExpertError, RemoteProtocolError)
 TORCH_DTYPES: dict[str, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
+logger = logging.getLogger(__name__)
 
 LocalCompute = Callable[[ExpertCall, memoryview], tuple[ExpertReply, Sequence[Any]]]
 """Computes a call here: this node may be one of its own hosts."""
@@ -46,81 +50,6 @@ LocalCompute = Callable[[ExpertCall, memoryview], tuple[ExpertReply, Sequence[An
 
 class Stopped(Exception):
     """The answer was cancelled; unwinds the model's thread."""
-
-
-@dataclass
-class HostUse:
-    """What one host did for one answer."""
-
-    calls: int = 0
-    rows: int = 0
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    latencies_s: list[float] = field(default_factory=list)
-
-
-@dataclass
-class Share:
-    """A part of one layer's work that one host can do in one call.
-
-    ``pair_rows`` number rows within ``rows``; for slices of a dense FFN there are no pairs.
-    """
-
-    experts: list[int]
-    rows: torch.Tensor  # (n, hidden)
-    into: torch.Tensor | None  # (n,) the rows of the layer they are; None: all, in order
-    pair_rows: torch.Tensor | None = None  # (pairs,)
-    pair_experts: torch.Tensor | None = None
-    pair_weights: torch.Tensor | None = None
-    failed: set[PeerId] = field(default_factory=set)
-    waits: int = 0
-    refreshed: bool = False  # the swarm was asked again for it, once
-    busy: set[PeerId] = field(default_factory=set)  # refused it just now
-
-    def restrict(self, experts: list[int]) -> Share:
-        """The part of this share that only these experts do."""
-        if self.pair_experts is None:
-            part = Share(experts, self.rows, self.into, failed=set(self.failed))
-            part.waits, part.refreshed, part.busy = self.waits, self.refreshed, set(self.busy)
-            return part
-        assert self.pair_rows is not None and self.pair_weights is not None
-        mine = torch.isin(self.pair_experts, torch.tensor(experts))
-        part = make_pair_share(
-            experts,
-            self.rows,
-            self.into,
-            self.pair_rows[mine],
-            self.pair_experts[mine],
-            self.pair_weights[mine],
-            set(self.failed),
-        )
-        part.waits, part.refreshed, part.busy = self.waits, self.refreshed, set(self.busy)
-        return part
-
-    def get_demand(self) -> dict[int, int]:
-        """Rows of work per expert."""
-        if self.pair_experts is None:
-            return dict.fromkeys(self.experts, len(self.rows))
-        numbers, counts = self.pair_experts.unique(return_counts=True)
-        return dict(zip(numbers.tolist(), counts.tolist(), strict=True))
-
-
-def make_pair_share(
-    experts: list[int],
-    rows: torch.Tensor,
-    into: torch.Tensor | None,
-    pair_rows: torch.Tensor,
-    pair_experts: torch.Tensor,
-    pair_weights: torch.Tensor,
-    failed: set[PeerId],
-) -> Share:
-    """A share that carries only the rows its pairs need."""
-    needed, local = pair_rows.unique(return_inverse=True)
-    if len(needed) < len(rows):
-        rows = rows[needed]
-        into = needed if into is None else into[needed]
-        pair_rows = local
-    return Share(experts, rows, into, pair_rows, pair_experts, pair_weights, failed)
 
 
 class SwarmExperts:
@@ -151,7 +80,6 @@ class SwarmExperts:
         self.hosts: dict[PeerId, HostUse] = {}
         self.retries = 0
         self.stop = threading.Event()
-        self.finished = False  # set by whoever runs the model, when it has ended by itself
         self._network = network
         self._router = router
         self._refresh = refresh
@@ -160,7 +88,8 @@ class SwarmExperts:
         self._local = local
         self._dtype = TORCH_DTYPES[plan.dtype]
         self._dead: set[PeerId] = set()
-        self._in_flight: list[PendingCall | Computed] = []
+        self._in_flight: list[PendingCall] = []
+        self._has_refreshed = False  # in this round of calls
         self._slices = {layer: list(range(count)) for layer, count in plan.layers.items()}
 
     def __call__(
@@ -178,6 +107,7 @@ class SwarmExperts:
         Raises:
             NoPeerCouldServe: an expert that is needed has no live host any more.
             Stopped: the answer was cancelled.
+            TooLarge, LocalProtocolError: the model's rows don't fit a call, or a bug here; no host is to blame.
         """
         wire_rows = rows.detach().to("cpu", self._dtype).contiguous()
         if index is None or weights is None:
@@ -206,6 +136,16 @@ class SwarmExperts:
                 total.index_add_(0, into, part)
         return total.to(rows.device, rows.dtype)
 
+    def take_use(self) -> tuple[dict[PeerId, HostUse], int]:
+        """What each host did since the last time, and how many calls were tried again."""
+        use, self.hosts, retries, self.retries = self.hosts, {}, self.retries, 0
+        return use, retries
+
+    def use_plan(self, plan: HostPlan) -> None:
+        """Ask these hosts from now on. Call from the model's thread, between passes."""
+        self.plan = plan
+        self._dead.clear()
+
     def cancel(self) -> None:
         """End the answer at once, from any thread: hosts are told, and the model's thread unwinds with ``Stopped``."""
         self.stop.set()
@@ -233,47 +173,53 @@ class SwarmExperts:
     def _compute(self, layer: int, waiting: list[Share]) -> list[tuple[torch.Tensor | None, torch.Tensor]]:
         """Route, send, wait, retry, until every share is done; returns (rows they are, sums) pairs."""
         done: list[tuple[torch.Tensor | None, torch.Tensor]] = []
-        while waiting:
-            sent: list[tuple[PeerId, Share, PendingCall | Computed | DaaswarmError, int, float]] = []
-            for share in waiting:
-                for peer, part in self._route(layer, share):
-                    sent.append(self._send(layer, peer, part))
-            waiting = []
-            self._in_flight = [item[2] for item in sent if not isinstance(item[2], DaaswarmError)]
-            if self.stop.is_set():  # set between sending and listing the calls
-                self.cancel()
-            for peer, share, pending, sent_bytes, started in sent:
-                if isinstance(pending, DaaswarmError):
-                    self._note_failure(layer, peer, share, pending)
-                    waiting.append(share)
-                    continue
-                try:
-                    reply, body = self._wait(pending)
-                    sums = self._read(share, reply, body)
-                except DaaswarmError as error:  # whatever a host answers: another may do better
-                    self._note_failure(layer, peer, share, error)
-                    waiting.append(share)
-                    continue
-                elapsed = time.monotonic() - started
-                work = len(share.rows) * len(share.experts) if share.pair_rows is None else len(share.pair_rows)
-                self._router.note_reply(
-                    peer,
-                    work,
-                    elapsed,
-                    reply.service_us / 1e6,
-                    reply.queue_depth,
-                    time.monotonic(),
-                    experts=len(share.experts),
-                )
-                use = self.hosts.setdefault(peer, HostUse())
-                use.calls += 1
-                use.rows += len(share.rows)
-                use.bytes_sent += sent_bytes
-                use.bytes_received += len(body)
-                if len(use.latencies_s) < LATENCIES:
-                    use.latencies_s.append(elapsed)
-                done.append((share.into, sums))
+        try:
+            while waiting:
+                waiting = self._run_round(layer, waiting, done)
+        except BaseException:
+            for pending in self._in_flight:
+                pending.cancel()
+            raise
+        finally:
+            self._in_flight = []
         return done
+
+    def _run_round(
+        self, layer: int, waiting: list[Share], done: list[tuple[torch.Tensor | None, torch.Tensor]]
+    ) -> list[Share]:
+        """Ask for every share once. Sums go to ``done``; returns the shares that are left, after a pause if need be."""
+        self._in_flight = []
+        self._has_refreshed = False
+        sent: list[Sent] = []
+        here: list[Share] = []
+        for share in waiting:
+            for peer, part in self._route(layer, share):
+                if peer == self._network.peer_id and self._local is not None:
+                    here.append(part)  # last, while the others compute theirs
+                else:
+                    sent.append(self._send(layer, peer, part))
+        sent += [self._compute_here(layer, part) for part in here]
+        if self.stop.is_set():  # set between sending and listing a call
+            raise Stopped
+        left: list[Share] = []
+        pause_s = 0.0
+        for item in sent:
+            try:
+                reply, body = self._wait(item.call)
+                sums = self._read(item.share, reply, body)
+            except LocalProtocolError:
+                raise
+            except DaaswarmError as error:  # whatever a host answers: another may do better
+                pause_s = max(pause_s, self._note_failure(layer, item.peer, item.share, error))
+                left.append(item.share)
+                continue
+            self._note_reply(item, reply, len(body))
+            done.append((item.share.into, sums))
+        if pause_s:
+            for share in left:
+                share.waited_s += pause_s
+            self.stop.wait(pause_s)
+        return left
 
     def _route(self, layer: int, share: Share) -> list[tuple[PeerId, Share]]:
         """Split a share over the replicas that shall compute it."""
@@ -285,7 +231,9 @@ class SwarmExperts:
             left_out = share.failed | self._dead
         if share.busy and not self._is_nobody_left(layer, share, left_out | share.busy):
             left_out |= share.busy
-        chosen = self._router.choose(layer, share.get_demand(), candidates, time.monotonic(), left_out)
+        is_retry = bool(share.failed or share.refreshed)
+        now = time.monotonic()
+        chosen = self._router.choose(layer, share.get_demand(), candidates, now, left_out, is_retry=is_retry)
         if len(chosen) == 1:
             return [(peer, share) for peer in chosen]
         return [(peer, share.restrict(experts)) for peer, experts in sorted(chosen.items())]
@@ -303,21 +251,50 @@ class SwarmExperts:
         """
         if not share.refreshed:
             share.refreshed = True
-            plan = self._refresh()
-            if plan.dtype == self.plan.dtype:
-                self.plan = plan
-                self._dead.clear()
-                share.failed.clear()
+            if not self._has_refreshed:  # for another share, just now
+                self._has_refreshed = True
+                plan = self._refresh()
+                if plan.dtype == self.plan.dtype:
+                    self.plan = plan
+                    self._dead.clear()
+            share.failed.clear()
         left_out = share.failed | self._dead
         if self._is_nobody_left(layer, share, left_out):
             missing = self.plan.get_missing(frozenset(left_out))
             raise self.plan.describe_missing(missing, self._model_name)
 
-    def _send(
-        self, layer: int, peer: PeerId, share: Share
-    ) -> tuple[PeerId, Share, PendingCall | Computed | DaaswarmError, int, float]:
+    def _send(self, layer: int, peer: PeerId, share: Share) -> Sent:
         if self.stop.is_set():
             raise Stopped
+        call, body = self._make_call(layer, share)
+        size = sum(len(part) for part in body)
+        deadline_s = self._get_deadline_s(layer, peer, share)
+        try:
+            pending = self._network.submit(self.plan.contacts[peer], call, body, deadline_s=deadline_s)
+        except (TooLarge, LocalProtocolError):  # ours: no other host would be sent anything else
+            raise
+        except DaaswarmError as error:
+            return Sent(peer, share, error, size)
+        self._in_flight.append(pending)
+        return Sent(peer, share, pending, size)
+
+    def _compute_here(self, layer: int, share: Share) -> Sent:
+        if self.stop.is_set():
+            raise Stopped
+        assert self._local is not None
+        call, parts = self._make_call(layer, share)
+        body = bytearray().join(parts)
+        started = time.monotonic()
+        try:
+            reply, sums = self._local(call, memoryview(body))
+        except (TooLarge, LocalProtocolError):
+            raise
+        except DaaswarmError as error:
+            return Sent(self._network.peer_id, share, error, len(body))
+        computed = Computed(reply, memoryview(bytearray().join(sums)), time.monotonic() - started)
+        return Sent(self._network.peer_id, share, computed, len(body))
+
+    def _make_call(self, layer: int, share: Share) -> tuple[ExpertCall, list[memoryview]]:
         call = ExpertCall(
             model_root=self.plan.root,
             layer=layer,
@@ -327,36 +304,30 @@ class SwarmExperts:
             hidden=share.rows.shape[1],
             pairs=0 if share.pair_rows is None else len(share.pair_rows),
         )
-        body: list[Any] = [as_bytes(share.rows)]
+        body = [as_bytes(share.rows)]
         if share.pair_rows is not None and share.pair_experts is not None and share.pair_weights is not None:
             body += [
                 as_bytes(share.pair_rows.to(torch.int32)),
                 as_bytes(share.pair_experts.to(torch.int32)),
                 as_bytes(share.pair_weights),
             ]
-        size = sum(len(part) for part in body)
-        deadline_s = self._call_timeout_s
-        if any(
-            other != peer and other not in self._dead and other not in share.failed
-            for e in share.experts[:1]
-            for other in self.plan.by_layer[layer][e]
-        ):
-            usual_s = self._router.get_estimate_s(peer, len(share.rows), len(share.experts), time.monotonic())
-            deadline_s = min(deadline_s, max(REPLICA_PATIENCE_S, 20 * usual_s))
-        started = time.monotonic()
-        try:
-            if peer == self._network.peer_id and self._local is not None:
-                reply, parts = self._local(call, memoryview(bytearray().join(body)))
-                pending: PendingCall | Computed = Computed(reply, memoryview(bytearray().join(parts)))
-            else:
-                pending = self._network.submit(self.plan.contacts[peer], call, body, deadline_s=deadline_s)
-        except RETRYABLE as error:
-            return peer, share, error, size, started
-        return peer, share, pending, size, started
+        return call, body
 
-    def _wait(self, pending: PendingCall | Computed) -> tuple[ExpertReply, memoryview]:
+    def _get_deadline_s(self, layer: int, peer: PeerId, share: Share) -> float:
+        """Short only while others could do all of the share instead: a slow host is better than none."""
+        others_fail = share.refreshed or self._is_nobody_left(
+            layer, share, {peer, *share.failed, *share.busy, *self._dead}
+        )
+        if others_fail:
+            return self._call_timeout_s
+        usual_s = self._router.get_estimate_s(peer, len(share.rows), len(share.experts), time.monotonic())
+        return min(self._call_timeout_s, max(REPLICA_PATIENCE_S, 20 * usual_s))
+
+    def _wait(self, call: PendingCall | Computed | DaaswarmError) -> tuple[ExpertReply, memoryview]:
+        if isinstance(call, DaaswarmError):
+            raise call
         try:
-            reply, body = pending.wait()
+            reply, body = call.wait()
         except DaaswarmError:
             if self.stop.is_set():
                 raise Stopped from None
@@ -372,21 +343,60 @@ class SwarmExperts:
                 f"an expert reply has {reply.rows} x {reply.hidden} rows in {len(body)} bytes; "
                 f"{rows} x {hidden} f32 were due"
             )
-        return torch.frombuffer(body, dtype=torch.float32).view(rows, hidden)
+        sums = torch.frombuffer(body, dtype=torch.float32).view(rows, hidden)
+        # What isn't finite on its way out can't come back finite.
+        if not is_finite(sums) and is_finite(share.rows) and is_finite(share.pair_weights):
+            raise RemoteProtocolError("an expert reply has numbers that are not finite")
+        return sums
 
-    def _note_failure(self, layer: int, peer: PeerId, share: Share, error: DaaswarmError) -> None:
+    def _note_reply(self, item: Sent, reply: ExpertReply, size: int) -> None:
+        share = item.share
+        assert not isinstance(item.call, DaaswarmError)
+        elapsed = item.call.latency_s
+        self._router.note_reply(
+            item.peer,
+            share.work,
+            elapsed,
+            reply.service_us / 1e6,
+            reply.queue_depth,
+            time.monotonic(),
+            experts=len(share.experts),
+        )
+        use = self.hosts.setdefault(item.peer, HostUse())
+        use.calls += 1
+        use.rows += len(share.rows)
+        use.bytes_sent += item.sent_bytes
+        use.bytes_received += size
+        if len(use.latencies_s) < LATENCIES:
+            use.latencies_s.append(elapsed)
+
+    def _note_failure(self, layer: int, peer: PeerId, share: Share, error: DaaswarmError) -> float:
+        """Leave the host out for this share, or, if it is only busy, say how long to wait for it (s)."""
         self.retries += 1
-        if isinstance(error, Busy) and share.waits < BUSY_RETRIES:
+        logger.info("layer %d: %s: %s", layer, peer, error)
+        left_s = self._call_timeout_s - share.waited_s
+        if isinstance(error, Busy) and share.waits < BUSY_RETRIES and left_s > 0:
             share.waits += 1
             share.busy.add(peer)
-            if self._is_nobody_left(layer, share, share.failed | self._dead | share.busy):
-                share.busy.clear()
-                self.stop.wait(min(error.retry_after_s, self._call_timeout_s))
-            return
+            if not self._is_nobody_left(layer, share, share.failed | self._dead | share.busy):
+                return 0.0
+            share.busy.clear()
+            return min(error.retry_after_s, BUSY_WAIT_S, left_s)
         share.failed.add(peer)
         self._router.note_failure(peer, time.monotonic())
         if isinstance(error, ConnectionLost | Unreachable):
             self._dead.add(peer)
+        return 0.0
+
+
+@dataclass
+class Sent:
+    """A share, who was asked for it, and what came of asking."""
+
+    peer: PeerId
+    share: Share
+    call: PendingCall | Computed | DaaswarmError
+    sent_bytes: int
 
 
 @dataclass
@@ -395,12 +405,10 @@ class Computed:
 
     reply: ExpertReply
     body: memoryview
+    latency_s: float
 
     def wait(self) -> tuple[ExpertReply, memoryview]:
         return self.reply, self.body
-
-    def cancel(self) -> None:
-        """It is over already."""
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
@@ -409,3 +417,8 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     if tensor.dtype == torch.bfloat16:  # numpy has none
         tensor = tensor.view(torch.int16)
     return tensor.numpy().data.cast("B")
+
+
+def is_finite(tensor: torch.Tensor | None) -> bool:
+    """Whether no number is infinite or NaN. A finite sum says so in one pass."""
+    return tensor is None or math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())

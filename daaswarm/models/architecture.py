@@ -25,10 +25,13 @@ from daaswarm.errors import ModelError
 from daaswarm.models.checkpoint import read_config
 from daaswarm.models.dense import find_formula
 from daaswarm.models.manifest import Kind
+from daaswarm.models.quiet import silence_transformers
+from daaswarm.models.refusals import REFUSALS, first_line
 from daaswarm.models.tensors import COMPUTE_DTYPES
 from daaswarm.types import Dtype
 
 _OTHER_TOWER = re.compile(r"(^|\.)(vision|visual|image|audio|speech)")  # how experts for other inputs are named
+MAX_NESTED = 32  # objects and lists inside of each other in config.json; real ones have under 6
 MAX_LAYERS = 4_096  # of one model; the deepest have fewer than 200
 _GENERATORS = (
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -47,6 +50,7 @@ def load_config(folder: Path) -> PretrainedConfig:
     Raises:
         ModelError: no config, unknown architecture, quantised.
     """
+    silence_transformers()
     try:
         raw: Any = json.loads(read_config(folder))
         quantised = raw.get("quantization_config") or (raw.get("text_config") or {}).get("quantization_config")
@@ -59,21 +63,31 @@ def load_config(folder: Path) -> PretrainedConfig:
             hint="use the checkpoint in bf16, f16 or f32",
         )
     _check_depth(folder, raw)
+    named = raw.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ModelError(
+            f"{folder / 'config.json'}: architectures is no list of names", hint="it is damaged: download it again"
+        )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except REFUSALS as error:
         raise ModelError(
             f"{folder}: transformers {transformers.__version__} does not know this configuration "
-            f"(model_type {raw.get('model_type')!r}): {str(error).splitlines()[0][:200]}",
+            f"(model_type {raw.get('model_type')!r}): {first_line(error)}",
             hint="models that need their own code (trust_remote_code) are never run",
         ) from None
 
 
-def _check_depth(folder: Path, raw: dict[str, Any]) -> None:
+def _check_depth(folder: Path, raw: Any, nested: int = 0) -> None:
     """Modules are built one by one, so an absurd number of layers must be refused before."""
-    for key, value in raw.items():
-        if isinstance(value, dict):
-            _check_depth(folder, value)
+    if nested > MAX_NESTED:
+        raise ModelError(
+            f"{folder / 'config.json'} is nested over {MAX_NESTED} times", hint="it is damaged: download it again"
+        )
+    pairs: Any = raw.items() if isinstance(raw, dict) else [("", value) for value in raw]
+    for key, value in pairs:
+        if isinstance(value, (dict, list)):
+            _check_depth(folder, value, nested + 1)
         elif isinstance(value, int) and value > MAX_LAYERS and re.search(r"(layers|n_layer|depth)$", key):
             raise ModelError(f"{folder / 'config.json'}: {key} is {value}; {MAX_LAYERS} is the limit")
 
@@ -118,9 +132,11 @@ def build_skeleton(config: PretrainedConfig, dtype: Dtype) -> PreTrainedModel:
         contexts: list[Any] = cls.get_init_context(COMPUTE_DTYPES[dtype], False, False, None)
         with ContextManagers(contexts):
             return cls(copy.deepcopy(config)).eval()
-    except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, IndexError, ImportError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise ModelError(f"config.json does not make a {cls.__name__}: {lines[0][:200]}") from None
+    except REFUSALS as error:
+        raise ModelError(
+            f"config.json does not make a {cls.__name__}: {first_line(error)}",
+            hint="config.json is damaged: download it again",
+        ) from None
 
 
 # -- what is split ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import shutil
@@ -13,16 +14,18 @@ from pathlib import Path
 from daaswarm.errors import ConfigError
 from daaswarm.models.manifest import Progress
 
-_LOCK_POLL_S = 0.2  # between looks at a lock that another process holds
+LOCK_POLL_S = 0.2  # between looks at a lock that another process holds
+WAITING = "waiting for another process that prepares this model"
 
 
 def make_once(folder: Path, make: Callable[[Path], None], progress: Progress) -> Path:
     """Fill ``folder`` by calling ``make(temporary folder)``, unless it is there already.
 
     The folder appears whole or not at all, so an interrupted call starts afresh; a second process waits for the first.
+    What a process left that was killed is removed by the next call; see also :func:`remove_unfinished`.
 
     Raises:
-        ConfigError: the cache is not writable.
+        ConfigError: the cache is not writable, or the disk is full.
     """
     if folder.is_dir():
         return folder
@@ -34,31 +37,58 @@ def make_once(folder: Path, make: Callable[[Path], None], progress: Progress) ->
             for old in folder.parent.glob(f".{folder.name}-*"):
                 shutil.rmtree(old, ignore_errors=True)  # whoever made it held the lock, and no longer does
             temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+            _unfinished.add(temporary)
             try:
                 make(temporary)
                 temporary.chmod(0o755)
                 temporary.rename(folder)
             finally:
+                _unfinished.discard(temporary)
                 shutil.rmtree(temporary, ignore_errors=True)
-    except (PermissionError, NotADirectoryError) as error:
-        raise ConfigError(f"the cache {folder.parent} is not writable: {error}", hint="choose another cache") from None
+    except OSError as error:
+        raise ConfigError(
+            f"the cache {folder.parent} can't be written: {error}", hint="make room or choose another cache"
+        ) from None
     return folder
+
+
+_unfinished: set[Path] = set()
+
+
+@atexit.register
+def remove_unfinished() -> None:
+    """Remove the temporary folders of calls that still run in threads, when the process is about to end.
+
+    They are renamed first, so that the thread can't put anything more into them. Runs at exit; whoever leaves by
+    ``os._exit`` calls it before.
+    """
+    while _unfinished:
+        temporary = _unfinished.pop()
+        doomed = temporary.with_name(f"{temporary.name}-abandoned")
+        with contextlib.suppress(OSError):
+            temporary.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _locked(path: Path, progress: Progress) -> Iterator[None]:
-    """Hold an exclusive lock on a file; the system releases it if this process dies."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    while (file := try_lock(path)) is None:
+        progress(WAITING, 0, 0)
+        time.sleep(LOCK_POLL_S)
     try:
-        while not _try_lock(file):
-            progress("waiting for another process that prepares this model", 0, 0)
-            time.sleep(_LOCK_POLL_S)
         yield
     finally:
         os.close(file)
 
 
-def _try_lock(file: int) -> bool:
+def try_lock(path: Path) -> int | None:
+    """Lock a file for this process: the descriptor to close when done, or None if somebody else holds the lock. The
+    system releases it if this process dies.
+
+    Raises:
+        OSError: the file can't be made.
+    """
+    file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
     try:
         if os.name == "nt":
             import msvcrt
@@ -69,5 +99,6 @@ def _try_lock(file: int) -> bool:
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        return False
-    return True
+        os.close(file)
+        return None
+    return file

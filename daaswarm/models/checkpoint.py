@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,7 @@ INDEX_BYTES = 64 * MIB  # a shard index: 500,000 names of 128 bytes
 CONFIG_BYTES = 16 * MIB  # config.json; the largest in the wild, with label maps, are under 1 MiB
 TENSORS = 1_000_000  # of one model; the largest per-expert checkpoints have 100,000
 SHARDS = 2_048  # files of one model, each an open file descriptor
+NAME_CHARS = 1_024  # of a tensor's name; the longest in the wild have 120
 RANK = 8  # dimensions of one tensor
 DIMENSION = 1 << 32  # of one axis; vocabularies are below 2^20
 READ_BYTES = 1 << 30  # of one system call; Linux stops at 2 GiB - 4 KiB
@@ -62,8 +64,15 @@ class Checkpoint:
         self._files: dict[str, int] = {}
         self._seek = threading.Lock()  # where there is no pread, a read is a seek and a read
         try:
+            homes: dict[str, str] = {}
             for file, names in find_shards(folder).items():
                 found = read_header(folder / file)
+                for name in found:
+                    if homes.setdefault(name, file) != file:
+                        raise ModelError(
+                            f"{folder}: tensor {name} is both in {homes[name]} and in {file}",
+                            hint="download the checkpoint again",
+                        )
                 for name in found if names is None else names:
                     if name not in found:
                         raise ModelError(
@@ -109,10 +118,6 @@ class Checkpoint:
             raise ModelError(f"{self.folder / tensor.file}: tensor {name} can't be read: {error}") from None
         self.bytes_read += done
 
-    def read_config(self) -> bytes:
-        """The bytes of ``config.json``."""
-        return read_config(self.folder)
-
     def _open(self, file: str) -> int:
         if file not in self._files:
             fd = os.open(self.folder / file, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
@@ -136,12 +141,15 @@ def read_config(folder: Path) -> bytes:
     """The bytes of ``config.json``.
 
     Raises:
-        ModelError: there is none, or it is too large.
+        ModelError: there is none, it is too large, or no regular file.
     """
     path = folder / "config.json"
     try:
-        if path.stat().st_size > CONFIG_BYTES:
+        found = path.stat()
+        if found.st_size > CONFIG_BYTES:
             raise ModelError(f"{path} is larger than {CONFIG_BYTES} bytes")
+        if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
+            raise ModelError(f"{path} is no file", hint="download the checkpoint again")
         return path.read_bytes()
     except OSError:
         raise ModelError(
@@ -161,19 +169,21 @@ def find_shards(folder: Path) -> dict[str, list[str] | None]:
         if index.stat().st_size > INDEX_BYTES:
             raise ModelError(f"{index} is larger than {INDEX_BYTES} bytes")
         try:
-            weights: Any = json.loads(index.read_bytes())["weight_map"]
+            weights: Any = json.loads(index.read_bytes(), object_pairs_hook=_refuse_repeats)["weight_map"]
             pairs = sorted(weights.items())
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ModelError(f"{index} is not a shard index", hint="download the checkpoint again") from None
         shards: dict[str, list[str] | None] = {}
         for name, file in pairs:
-            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                raise ModelError(f"{index}: tensor {name} is said to be in {file!r}, which is no file of this folder")
+            _check_name(index, name)
+            if not isinstance(file, str) or not _is_plain(file):
+                where = repr(file)[:200]
+                raise ModelError(f"{index}: tensor {name} is said to be in {where}, which is no file of this folder")
+            if file not in shards and not (folder / file).is_file():
+                raise ModelError(f"{folder}: {file}, which holds tensor {name}, is missing", hint="download it again")
             names = shards.setdefault(file, [])
             assert names is not None
             names.append(name)
-            if not (folder / file).is_file():
-                raise ModelError(f"{folder}: {file}, which holds tensor {name}, is missing", hint="download it again")
         if len(shards) > SHARDS:
             raise ModelError(f"{index} names {len(shards)} files; {SHARDS} is the limit")
         return shards
@@ -206,7 +216,9 @@ def read_header(path: Path) -> dict[str, Tensor]:
             raise ModelError(f"{path} is not a safetensors file, or is cut off inside its header", hint=again)
         try:
             header: Any = json.loads(file.read(length), object_pairs_hook=_refuse_repeats)
-            entries = dict(header)
+            if not isinstance(header, dict):
+                raise ValueError("it is no JSON object")
+            entries: dict[str, Any] = header
         except (ValueError, TypeError, RecursionError) as error:
             raise ModelError(f"{path}: its header can't be read: {str(error)[:200]}", hint=again) from None
     entries.pop("__metadata__", None)
@@ -223,20 +235,23 @@ def read_header(path: Path) -> dict[str, Tensor]:
 
 def _parse_entry(path: Path, name: str, entry: Any, data: int, size: int) -> Tensor:
     again = "the file is damaged: download the checkpoint again"
+    _check_name(path, name)
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         numbers = [*shape, begin, end]
     except (KeyError, TypeError, ValueError):
-        raise ModelError(f"{path}: tensor {name[:200]} has no dtype, shape or offsets", hint=again) from None
+        raise ModelError(f"{path}: tensor {name} has no dtype, shape or offsets", hint=again) from None
     if not all(type(n) is int and n >= 0 for n in numbers) or len(shape) > RANK or any(n > DIMENSION for n in shape):
-        raise ModelError(f"{path}: tensor {name[:200]} has the impossible shape {str(list(shape))[:200]}", hint=again)
-    if str(dtype).startswith(_QUANTISED):
+        raise ModelError(f"{path}: tensor {name} has the impossible shape {str(list(shape))[:200]}", hint=again)
+    if not isinstance(dtype, str):
+        raise ModelError(f"{path}: tensor {name} has the impossible dtype {str(dtype)[:40]}", hint=again)
+    if dtype.startswith(_QUANTISED):
         raise ModelError(
-            f"{path}: tensor {name} is {dtype}: a quantised checkpoint, which would be served with losses",
+            f"{path}: tensor {name} is {dtype[:40]}: a quantised checkpoint, which would be served with losses",
             hint="use the checkpoint in bf16, f16 or f32",
         )
     if dtype not in ITEM_BYTES:
-        raise ModelError(f"{path}: tensor {name} has the unknown dtype {str(dtype)[:40]!r}", hint=again)
+        raise ModelError(f"{path}: tensor {name} has the unknown dtype {dtype[:40]!r}", hint=again)
     nbytes = math.prod(shape) * ITEM_BYTES[dtype]
     if end - begin != nbytes:
         raise ModelError(
@@ -245,6 +260,21 @@ def _parse_entry(path: Path, name: str, entry: Any, data: int, size: int) -> Ten
     if data + end > size:
         raise ModelError(f"{path} is cut off: tensor {name} ends {data + end - size} bytes past its end", hint=again)
     return Tensor(path.name, dtype, shape, data + begin, nbytes)
+
+
+def _check_name(path: Path, name: str) -> None:
+    """A name ends up in messages, so it must not be able to move the cursor."""
+    if len(name) > NAME_CHARS or not name.isprintable():
+        raise ModelError(
+            f"{path}: {ascii(name)[:200]} is no name of a tensor (at most {NAME_CHARS} printable characters)",
+            hint="the file is damaged: download the checkpoint again",
+        )
+
+
+def _is_plain(file: str) -> bool:
+    """The name of a safetensors file, without a way to another folder."""
+    apart = any(separator in file for separator in "/\\:")
+    return file.endswith(".safetensors") and file.isprintable() and not apart
 
 
 def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

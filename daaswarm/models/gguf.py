@@ -6,14 +6,15 @@ import contextlib
 import copy
 import hashlib
 import json
-import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from daaswarm.errors import ModelError
 from daaswarm.models.cache import make_once
+from daaswarm.models.gguf_header import check_header
 from daaswarm.models.manifest import Progress
+from daaswarm.models.refusals import REFUSALS, first_line
 
 _MAGIC = b"GGUF"
 _BLOCK_BYTES = 1 << 20
@@ -26,8 +27,16 @@ def prepare_gguf(file: Path, cache: Path, progress: Progress) -> Path:
     Raises:
         ModelError: damaged, or an architecture that transformers can't read from GGUF.
     """
+    before = _get_version(file)
     key = _hash(file, progress)[:_KEY_DIGITS]
-    return make_once(cache / "models" / f"gguf-{key}", lambda folder: convert_gguf(file, folder, progress), progress)
+
+    def make(folder: Path) -> None:
+        check_header(file)
+        convert_gguf(file, folder, progress)
+        if _get_version(file) != before:  # the folder is named after the content that was hashed
+            raise ModelError(f"{file} was changed while it was converted", hint="wait until it is written, then again")
+
+    return make_once(cache / "models" / f"gguf-{key}", make, progress)
 
 
 def convert_gguf(file: Path, folder: Path, progress: Progress) -> None:
@@ -38,10 +47,11 @@ def convert_gguf(file: Path, folder: Path, progress: Progress) -> None:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
-    from daaswarm.models.quiet import quiet_transformers
+    from daaswarm.models.quiet import silence_transformers
     from daaswarm.models.safetensors_writer import write_safetensors
 
-    with quiet_transformers(), _show_conversion(progress):
+    silence_transformers()
+    with _show_conversion(progress):
         try:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 file.parent,
@@ -50,7 +60,7 @@ def convert_gguf(file: Path, folder: Path, progress: Progress) -> None:
                 quantization_config=GgufConfig(dequantize=True),
                 local_files_only=True,
             )
-        except _DAMAGED as error:
+        except REFUSALS as error:
             raise _refuse(file, error) from None
         tied = set(getattr(model, "all_tied_weights_keys", {}))
         state = {name: value for name, value in sorted(model.state_dict().items()) if name not in tied}
@@ -63,15 +73,8 @@ def convert_gguf(file: Path, folder: Path, progress: Progress) -> None:
             AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True).save_pretrained(
                 folder
             )
-        except _DAMAGED:
+        except Exception:  # noqa: BLE001 - tokenizers raises Exception itself for what it can't parse
             progress("the GGUF file has no tokenizer that transformers can read", 0, 0)
-
-
-_DAMAGED = (
-    ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError, OSError, OverflowError, MemoryError,
-    NotImplementedError, struct.error,
-)  # fmt: skip
-"""What transformers' GGUF reader raises on files that it can't make a model of."""
 
 
 @contextlib.contextmanager
@@ -100,12 +103,20 @@ def _save_config(model: Any, folder: Path) -> None:
     written = config.to_dict()
     for key in ("quantization_config", "transformers_version", "_name_or_path"):
         written.pop(key, None)
-    text = json.dumps(written, indent=1, sort_keys=True) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    _write_json(folder / "config.json", written)
     if model.generation_config is not None:
         generation = model.generation_config.to_diff_dict()
         kept = {k: v for k, v in generation.items() if k != "transformers_version" and not k.startswith("_")}
-        (folder / "generation_config.json").write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+        _write_json(folder / "generation_config.json", kept)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_bytes((json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _get_version(file: Path) -> tuple[int, int, int]:
+    found = file.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _hash(file: Path, progress: Progress) -> str:
@@ -126,9 +137,8 @@ def _hash(file: Path, progress: Progress) -> str:
 
 
 def _refuse(file: Path, error: Exception) -> ModelError:
-    lines = str(error).splitlines() or [type(error).__name__]
     return ModelError(
-        f"{file} can't be converted: {lines[0][:300]}",
+        f"{file} can't be converted: {first_line(error)}",
         hint="the file is damaged, or transformers can't read this architecture from GGUF; "
         "give the model in Hugging Face layout",
     )

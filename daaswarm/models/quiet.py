@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import warnings
 
 from transformers.utils import logging
 
 
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Progress bars off and only errors logged, and afterwards as it was before."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+def silence_transformers() -> None:
+    """From now on transformers logs errors only, and draws no progress bars.
+
+    For good and not only while a model loads: it also warns while it encodes and generates, for example of a prompt
+    longer than the tokenizer's own limit, which the node checks itself. Levels restored by one thread would undo
+    those of another that is loading too.
+    """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"transformers(\.|$)")

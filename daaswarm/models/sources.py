@@ -5,27 +5,24 @@ Importable without torch and transformers; both are imported only when a model i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from daaswarm.errors import ModelError
 from daaswarm.models.checkpoint import Checkpoint
-from daaswarm.models.manifest import (
-    MANIFEST_NAME,
-    VERSION,
-    Manifest,
-    Progress,
-    check_against,
-    fill_leaves,
-    get_root,
-    load_manifest,
-    save_manifest,
-)
+from daaswarm.models.files import hash_files
+from daaswarm.models.manifest import VERSION, Manifest, OutdatedManifest, Progress, get_root, parse_manifest
+from daaswarm.models.manifest_file import MANIFEST_NAME, check_against, load_manifest, save_manifest
+from daaswarm.models.parts import fill_hashes
 from daaswarm.types import DTYPE_BYTES, Dtype, ModelRoot
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+ROOT_PREFIX = 8  # digits of a root that stand for it where only one model's begins so
 _DEFAULT_NAMES = (DEFAULT_MODEL, "default")
 
 
@@ -92,7 +89,8 @@ def find_model(name_or_path: str, cache: Path, progress: Progress = ignore_progr
     """Get a model ready: fetch or convert it if need be, and have its manifest. Blocks, the first time for long.
 
     Args:
-        name_or_path: ``"default"``, the default's name, a folder in Hugging Face layout or a ``.gguf`` file.
+        name_or_path: ``"default"``, the default's name, a folder in Hugging Face layout, a ``.gguf`` file, or the name
+            or root of a model in the cache.
         cache: where downloads, conversions and manifests of read-only folders are kept.
 
     Raises:
@@ -100,9 +98,11 @@ def find_model(name_or_path: str, cache: Path, progress: Progress = ignore_progr
         Offline: the default model has to be fetched and can't be.
     """
     if name_or_path.lower() in _DEFAULT_NAMES:
-        from daaswarm.models.default import prepare_default
+        from daaswarm.models.default import check_root, prepare_default
 
-        return open_folder(prepare_default(cache, progress), cache, progress, name=DEFAULT_MODEL)
+        model = open_folder(prepare_default(cache, progress), cache, progress, name=DEFAULT_MODEL)
+        check_root(model.folder, model.root)
+        return model
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return open_folder(path.resolve(), cache, progress)
@@ -110,12 +110,14 @@ def find_model(name_or_path: str, cache: Path, progress: Progress = ignore_progr
         from daaswarm.models.gguf import prepare_gguf
 
         return open_folder(prepare_gguf(path.resolve(), cache, progress), cache, progress, name=path.stem)
+    if not path.exists() and (known := find_known(name_or_path, cache)) is not None:
+        return open_folder(known.folder, cache, progress, name=known.name)
     what = (
         "is neither a folder nor a .gguf file" if path.exists() else "is not a known model, and there is no such path"
     )
     raise ModelError(
         f"{name_or_path} {what}",
-        hint=f"use {DEFAULT_MODEL}, a folder in Hugging Face layout or a .gguf file",
+        hint=f"use {DEFAULT_MODEL}, a folder in Hugging Face layout, a .gguf file, or a name of daaswarm model list",
     )
 
 
@@ -143,30 +145,60 @@ def build_manifest(checkpoint: Checkpoint, progress: Progress) -> Manifest:
     """
     from daaswarm.models.plan import make_plan
 
-    config = hashlib.sha256(checkpoint.read_config()).digest()
+    files = hash_files(checkpoint.folder)
     plan = make_plan(checkpoint)
-    entries = fill_leaves(checkpoint, plan.entries, progress)
-    return Manifest(
+    manifest = Manifest(
         version=VERSION,
-        root=get_root(entries, config),
+        root="",
         kind=plan.kind,
         hidden=plan.hidden,
         activation=plan.activation,
-        config_sha256=config,
+        files=files,
         layers=plan.layers,
-        entries=entries,
+        entries=fill_hashes(checkpoint, plan.entries, progress),
     )
+    manifest = msgspec.structs.replace(manifest, root=get_root(manifest))
+    # What is saved must be what can be loaded, limits included.
+    encoded = msgspec.msgpack.encode(manifest)
+    return parse_manifest(encoded, what=f"{checkpoint.folder}: what it is split into", hint="choose another model")
 
 
 def list_models(cache: Path) -> list[KnownModel]:
     """The models that this cache holds. Reads folder names and manifests, never weights."""
     found: list[KnownModel] = []
     for path in sorted((cache / "models").glob(f"*/{MANIFEST_NAME}")):
+        if path.parent.name.startswith("."):
+            continue  # being made, or left by somebody who was killed
         try:
             found.append(KnownModel(path.parent.name, path.parent, ModelRoot(load_manifest(path).root)))
         except ModelError:
             continue  # said when that model is used
     return found
+
+
+def find_known(name: str, cache: Path) -> KnownModel | None:
+    """The model in the cache of this name, or of this root: all of it, or :data:`ROOT_PREFIX` digits and more.
+
+    Raises:
+        ModelError: several roots begin like this.
+    """
+    models = list_models(cache)
+    for model in models:
+        if name in (model.name, model.root):
+            return model
+    found = {m.root: m for m in models if len(name) >= ROOT_PREFIX and m.root.startswith(name)}
+    if len(found) > 1:
+        raise ModelError(f"several models' roots begin with {name}: {', '.join(found)}", hint="write more digits")
+    return next(iter(found.values()), None)
+
+
+def find_manifest(folder: Path, cache: Path) -> Manifest | None:
+    """The manifest that a folder has from before, if any. Weights are not looked at.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    return _find_manifest(folder, cache)[1]
 
 
 def _get_paths(folder: Path, cache: Path) -> tuple[Path, Path]:
@@ -179,7 +211,8 @@ def _find_manifest(folder: Path, cache: Path) -> tuple[Path, Manifest | None]:
     paths = _get_paths(folder, cache)
     for path in paths:
         if path.is_file():
-            return path, load_manifest(path)
+            with contextlib.suppress(OutdatedManifest):
+                return path, load_manifest(path)
     return paths[0], None
 
 

@@ -13,8 +13,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from daaswarm.errors import ModelError
 from daaswarm.models.architecture import SplitModule, build_skeleton, find_split, get_class, load_config
 from daaswarm.models.checkpoint import Checkpoint
-from daaswarm.models.manifest import TRUNK, Progress, read_parts
-from daaswarm.models.quiet import quiet_transformers
+from daaswarm.models.files import has_tokenizer
+from daaswarm.models.manifest import TRUNK, Progress
+from daaswarm.models.parts import read_parts
+from daaswarm.models.quiet import silence_transformers
+from daaswarm.models.refusals import REFUSALS, first_line
 from daaswarm.models.routing import convert, get_dtypes, route, set_parameter
 from daaswarm.models.sources import LocalModel, ignore_progress
 from daaswarm.models.tensors import COMPUTE_DTYPES, to_tensor
@@ -59,20 +62,23 @@ def load_trunk(
 def load_reference(model: LocalModel, dtype: Dtype) -> PreTrainedModel:
     """The whole model on this machine, as transformers loads it, to compare with."""
     cls, _ = get_class(load_config(model.folder))
-    with quiet_transformers():
-        return cls.from_pretrained(model.folder, dtype=COMPUTE_DTYPES[dtype], local_files_only=True).eval()
+    return cls.from_pretrained(model.folder, dtype=COMPUTE_DTYPES[dtype], local_files_only=True).eval()
 
 
 def load_tokenizer(model: LocalModel) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer, or None if its folder has none."""
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    if not any((model.folder / name).is_file() for name in names):
+    """The model's tokenizer, or None if its folder has none.
+
+    Raises:
+        ModelError: its files are damaged, or it needs code of its own.
+    """
+    if not has_tokenizer(model.folder):
         return None
+    silence_transformers()
     try:
         return AutoTokenizer.from_pretrained(model.folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, ImportError) as error:
+    except Exception as error:  # noqa: BLE001 - tokenizers raises Exception itself for what it can't parse
         raise ModelError(
-            f"{model.folder}: its tokenizer can't be loaded: {str(error).splitlines()[0][:200]}",
+            f"{model.folder}: its tokenizer can't be loaded: {first_line(error)}",
             hint="download the tokenizer's files again",
         ) from None
 
@@ -166,9 +172,12 @@ def _finish(trunk: PreTrainedModel, model: LocalModel, elsewhere: set[str]) -> N
 
 
 def _load_generation_config(model: LocalModel) -> GenerationConfig:
+    own = (model.folder / "generation_config.json").is_file()
+    source: dict[str, Any] = {} if own else {"config_file_name": "config.json", "_from_model_config": True}
     try:
-        return GenerationConfig.from_pretrained(model.folder, local_files_only=True)
-    except OSError:
-        return GenerationConfig.from_pretrained(
-            model.folder, config_file_name="config.json", _from_model_config=True, local_files_only=True
-        )
+        return GenerationConfig.from_pretrained(model.folder, local_files_only=True, **source)
+    except REFUSALS as error:
+        raise ModelError(
+            f"{model.folder}: its generation_config.json can't be used: {first_line(error)}",
+            hint="download it again, or delete it",
+        ) from None

@@ -71,6 +71,16 @@ def get_host_address(host: str, port: int, peer_id: PeerId | None = None) -> Add
     return Address(protocol, host, port, peer_id)
 
 
+def get_origin(host: str) -> str:
+    """Whom to count an IP address under: itself, or its /64 for IPv6, where one machine has all of them."""
+    address = ipaddress.ip_address(host.partition("%")[0])
+    if address.version == 4:
+        return host
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.IPv6Network((address.packed[:8] + bytes(8), 64)))
+
+
 def parse_contact(text: str) -> Contact:
     """``/ip4/.../tcp/.../p2p/ID`` → the contact it names.
 

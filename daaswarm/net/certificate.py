@@ -30,6 +30,9 @@ VALID_DAYS = 365 * 100  # a certificate lives as long as its process; the field 
 BACKDATED_S = 3600  # clocks of peers may be behind
 
 
+_X509_ERRORS = (x509.DuplicateExtension, x509.InvalidVersion, x509.UnsupportedGeneralNameType)
+
+
 @dataclass(frozen=True)
 class Certificate:
     """A certificate and the private key made for it, both PEM; ``der`` is what a peer sees."""
@@ -92,7 +95,7 @@ def get_certified_peer_id(der: bytes) -> PeerId:
         raise RemoteProtocolError("a certificate that is not signed by its own key") from None
     except BadSignatureError:
         raise RemoteProtocolError("a certificate whose identity signature is wrong") from None
-    except (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm, *_X509_ERRORS) as error:
         raise RemoteProtocolError(
             f"no libp2p certificate: {error}", hint="what answers there is not a daaswarm node"
         ) from error

@@ -36,6 +36,7 @@ FLUSH_BYTES = 1024 * 1024  # written in one go under the lock, about a milliseco
 LEAD_S = 0.005  # trio's reader looks again after this while a worker thread reads; waking it costs that thread time
 LOOK_S = 0.25  # a reading thread looks this often whether its call was cancelled meanwhile
 INLINE_S = 0.01  # of one read's requests are computed inline before the rest get tasks: other peers wait meanwhile
+INTERNAL_ERROR = "internal error; the host's log has the details"
 PING_ANSWER_S = 10.0  # a peer that computes inline may answer a ping late, but not later than this
 
 _Answer = tuple[Reply, Sequence[Buffer]]
@@ -76,7 +77,7 @@ class Connection:
         self._error: DaaswarmError | None = None
         self._token = trio.lowlevel.current_trio_token()
         self._thread = threading.get_ident()
-        self._session = Session(is_client=is_client, budget=budget, wake=self._on_room)
+        self._session = Session(is_client=is_client, budget=budget, wake=self._on_room, peer=peer.peer_id)
         self._unwritten = Signal()
         self._ended = trio.Event()
         self._scopes: dict[int, trio.CancelScope] = {}
@@ -96,6 +97,11 @@ class Connection:
         """No calls either way."""
         return not (self._session.own_calls or self._session.served_calls)
 
+    @property
+    def served_calls(self) -> int:
+        """Calls of the peer's whose answers are not wholly sent."""
+        return self._session.served_calls
+
     async def run(self) -> None:
         """Drive the connection until it ends. Calls that are in flight then fail with ConnectionLost."""
         try:
@@ -104,11 +110,14 @@ class Connection:
                 nursery.start_soon(self._cancel_when_ended, nursery.cancel_scope)
                 nursery.start_soon(self._write_loop)
                 nursery.start_soon(self._keep_alive)
-                if self._early:
-                    self._dispatch(self._receive())
-                await self._read_loop()
+                try:
+                    if self._early:
+                        self._dispatch(self._receive())
+                    await self._read_loop()
+                finally:
+                    # Before the nursery closes: a thread that still reads must find nothing open to start tasks in.
+                    self.close(ConnectionLost("this node is shutting down"))
         finally:
-            self.close(ConnectionLost("this node is shutting down"))
             with trio.CancelScope(shield=True):  # pyright: ignore[reportCallIssue] - wrong third-party stubs
                 # The carrier was shut down, so a thread that reads it is about to notice. The lock is never given
                 # back: no thread may read a socket whose number could belong to another file by then.
@@ -261,6 +270,9 @@ class Connection:
                 self.close(ConnectionLost(f"reading failed: {error}"))
             except DaaswarmError as error:
                 self.close(error)
+            except Exception:
+                log.exception("reading on the connection with %s failed", self.peer_id)
+                self.close(_get_internal())
             else:
                 self._flush()
         others: list[Event] = []
@@ -278,12 +290,23 @@ class Connection:
     # -- serving ----------------------------------------------------------------------------------------------
 
     def _dispatch(self, events: list[Event]) -> None:
+        try:
+            self._carry_out(events)
+        except Exception:
+            log.exception("serving on the connection with %s failed", self.peer_id)
+            self.close(_get_internal())
+            for event in events:
+                if isinstance(event, RequestReceived) and event.call not in self._scopes:
+                    self._drop(event.call)
+
+    def _carry_out(self, events: list[Event]) -> None:
         begin = monotonic()
         for event in events:
-            if self._error is not None:
-                return
             if isinstance(event, RequestReceived):
-                self._serve(event, inline=monotonic() - begin < INLINE_S)
+                if self._error is not None:
+                    self._drop(event.call)
+                else:
+                    self._serve(event, inline=monotonic() - begin < INLINE_S)
             elif isinstance(event, CallCancelled):
                 scope = self._scopes.get(event.call)
                 if scope is not None:
@@ -298,39 +321,52 @@ class Connection:
                 answer = self._fast_handler(self.peer_id, request.message, request.body)
             except DaaswarmError as error:
                 answer = get_failure(error), ()
+            except Exception:  # a bug of ours costs the call that met it, not the node
+                log.exception("serving %s for %s failed", type(request.message).__name__, self.peer_id)
+                answer = Failure(code="error", message=INTERNAL_ERROR), ()
             if answer is not None:
                 self._reply(request.call, *answer)
                 return
         assert self._nursery is not None
-        self._nursery.start_soon(self._serve_in_task, request)
+        # The scope stands before the task runs: a CANCEL may be the very next event.
+        scope = trio.CancelScope(deadline=trio.current_time() + request.deadline_s)
+        self._scopes[request.call] = scope
+        self._nursery.start_soon(self._serve_in_task, request, scope)
 
-    async def _serve_in_task(self, request: RequestReceived) -> None:
+    async def _serve_in_task(self, request: RequestReceived, scope: trio.CancelScope) -> None:
         answer: _Answer = get_failure(DeadlineExceeded("not done by the call's deadline")), ()
-        with trio.move_on_after(request.deadline_s) as scope:
-            self._scopes[request.call] = scope
-            try:
-                answer = await self._handler(
-                    self.peer_id, self.peer.contact, request.message, request.body, request.deadline_s
-                )
-            except DaaswarmError as error:
-                answer = get_failure(error), ()
-            except Exception:
-                # A bug of ours costs the one call that met it, not the node.
-                log.exception("serving %s for %s failed", type(request.message).__name__, self.peer_id)
-                answer = Failure(code="error", message="internal error; the host's log has the details"), ()
-            finally:
-                del self._scopes[request.call]
+        try:
+            with scope:
+                if not scope.cancel_called:
+                    answer = await self._handler(
+                        self.peer_id, self.peer.contact, request.message, request.body, request.deadline_s
+                    )
+        except DaaswarmError as error:
+            answer = get_failure(error), ()
+        except Exception:  # likewise
+            log.exception("serving %s for %s failed", type(request.message).__name__, self.peer_id)
+            answer = Failure(code="error", message=INTERNAL_ERROR), ()
+        except BaseException:  # the connection ends, and with it what it counts
+            self._drop(request.call)
+            raise
+        finally:
+            del self._scopes[request.call]
         self._reply(request.call, *answer)
 
     def _reply(self, call: int, message: Reply, body: Sequence[Buffer] = ()) -> None:
         with self._lock:
-            if self._error is not None:
-                return
             try:
                 self._session.send_reply(call, message, body)
             except TooLarge as error:
                 self._session.send_reply(call, get_failure(error))
+            except Exception:
+                log.exception("the answer to a call of %s can't be sent", self.peer_id)
+                self._session.send_reply(call, Failure(code="error", message=INTERNAL_ERROR))
             self._flush()
+
+    def _drop(self, call: int) -> None:
+        with self._lock:
+            self._session.drop_served(call)
 
     # -- writing ----------------------------------------------------------------------------------------------
 
@@ -355,6 +391,9 @@ class Connection:
             self.close(ConnectionLost(f"writing failed: {error}"))
         except DaaswarmError as error:
             self.close(error)
+        except Exception:
+            log.exception("writing on the connection with %s failed", self.peer_id)
+            self.close(_get_internal())
         return True
 
     async def _write_loop(self) -> None:
@@ -385,24 +424,35 @@ class Connection:
 
     # -- the rest ---------------------------------------------------------------------------------------------
 
+    async def check(self) -> None:
+        """Ping; a connection over which no answer comes ends. Raises nothing."""
+        try:
+            await self.call(Ping(), deadline_s=PING_ANSWER_S)
+        except Busy:
+            pass  # so many calls wait for it that each deadline says as much as a ping
+        except DeadlineExceeded:
+            self.close(ConnectionLost(f"silent for {PING_ANSWER_S:g} s after a ping"))
+        except DaaswarmError as error:
+            self.close(error)
+
     async def _keep_alive(self) -> None:
         heard = -1
         while True:
             await trio.sleep(IDLE_PING_S)
-            with self._lock:
-                stalled = self._session.has_stalled()
-            if stalled:
-                self.close(ConnectionLost(f"the peer has taken nothing of an answer for {IDLE_PING_S:g} s"))
+            self._drop_stalled()
             if self._heard == heard:
-                try:
-                    await self.call(Ping(), deadline_s=PING_ANSWER_S)
-                except Busy:
-                    pass  # so many calls wait for it that each deadline says as much as a ping
-                except DeadlineExceeded:
-                    self.close(ConnectionLost(f"silent for {IDLE_PING_S + PING_ANSWER_S:g} s"))
-                except DaaswarmError as error:
-                    self.close(error)
+                await self.check()
             heard = self._heard
+
+    def _drop_stalled(self) -> None:
+        with self._lock:
+            try:
+                if self._session.drop_stalled():
+                    text = f"the peer has neither taken an answer nor ended a message for {IDLE_PING_S:g} s"
+                    self.close(ConnectionLost(text))
+            except RemoteProtocolError as error:
+                self.close(error)
+            self._flush()
 
     async def _cancel_when_ended(self, scope: trio.CancelScope) -> None:
         await self._ended.wait()
@@ -423,3 +473,7 @@ class Connection:
     def _soon(self, function: Callable[..., object], *args: object) -> None:
         with contextlib.suppress(trio.RunFinishedError):  # the node is gone, and its connections with it
             self._token.run_sync_soon(function, *args)
+
+
+def _get_internal() -> ConnectionLost:
+    return ConnectionLost("internal error; the log has the details")

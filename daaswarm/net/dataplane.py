@@ -14,11 +14,12 @@ import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import trio
 
 from daaswarm.errors import Busy, ConfigError, DaaswarmError, Unreachable
-from daaswarm.limits import CONNECTIONS, HANDSHAKE_S, HANDSHAKES_PER_ADDRESS
+from daaswarm.limits import CONNECTIONS, CONNECTIONS_PER_ADDRESS, HANDSHAKE_S, HANDSHAKES_PER_ADDRESS
 from daaswarm.messages import Contact
 from daaswarm.net.addresses import (
     DEFAULT_LISTEN,
@@ -26,8 +27,10 @@ from daaswarm.net.addresses import (
     format_address,
     get_announce_addrs,
     get_host_address,
+    get_origin,
     parse_address,
 )
+from daaswarm.net.connection import Connection
 from daaswarm.net.handshake import ClientHandshake, Identity, ServerHandshake
 from daaswarm.net.inbound import InboundBudget
 from daaswarm.net.network import FastHandler, Handler
@@ -41,7 +44,14 @@ log = logging.getLogger(__name__)
 
 BACKLOG = 128  # connections that the kernel holds until they're accepted
 ACCEPT_PAUSE_S = 0.1  # when there are no file descriptors left, or the network is down
+LOOKUPS = 16  # names looked up at once; threads of their own, so that hostile names can't hold up computing
+LOOKUP_S = 5.0  # a resolver's own first timeout; its thread may stay in there longer, and then counts as one
 TLS_BYTE = 0x16  # a TLS handshake record
+
+LISTEN_HINTS = {
+    errno.EADDRINUSE: "another program has this port; stop it, or choose another (tcp/0 picks a free one)",
+    errno.EACCES: "ports below 1024 are the system's: choose a higher one",
+}
 
 
 class Listener:
@@ -98,7 +108,9 @@ class TcpNetwork(ConnectionPool):
         self.splicer = Splicer()
         self.listen_addresses: list[Address] = []
         self._contexts = contexts
-        self._shaking: Counter[str] = Counter()  # unproven inbound connections by host
+        self._lookups = trio.CapacityLimiter(LOOKUPS)
+        self._shaking: Counter[str] = Counter()  # unproven inbound connections by get_origin
+        self._proven: Counter[str] = Counter()  # the others
 
     async def serve(self, listener: Listener) -> None:
         """Accept connections until cancelled."""
@@ -116,9 +128,12 @@ class TcpNetwork(ConnectionPool):
         try:
             host, port = sock.getpeername()[:2]
             addr = format_address(get_host_address(host, port))
-            if self._shaking[host] >= HANDSHAKES_PER_ADDRESS or self._shaking.total() >= CONNECTIONS:
+            origin = get_origin(host)
+            if self._shaking[origin] >= HANDSHAKES_PER_ADDRESS or self._shaking.total() >= CONNECTIONS:
                 raise Busy("too many unproven connections")
-            self._shaking[host] += 1
+            if self._proven[origin] >= CONNECTIONS_PER_ADDRESS:
+                raise Busy(f"{CONNECTIONS_PER_ADDRESS} connections of that address are open")
+            self._shaking[origin] += 1
             try:
                 with trio.fail_after(HANDSHAKE_S):
                     first = await _peek(sock)
@@ -126,17 +141,19 @@ class TcpNetwork(ConnectionPool):
                         await self._accept_tls(sock, addr)
                         kept = True
             finally:
-                self._shaking[host] -= 1
-                if not self._shaking[host]:
-                    del self._shaking[host]
+                self._shaking[origin] -= 1
+                if not self._shaking[origin]:
+                    del self._shaking[origin]
             if not kept:
-                await self.splicer.splice(sock, first)
+                await self.splicer.splice(sock, first, origin)
         except trio.TooSlowError:
             log.info("refused %s: no handshake within %g s", addr, HANDSHAKE_S)
         except DaaswarmError as error:
             log.info("refused %s: %s", addr, error)
         except OSError as error:
             log.debug("%s went away: %s", addr, error)
+        except Exception:  # ends this connection, and not the node
+            log.exception("the inbound connection of %s failed", addr)
         finally:
             if not kept:
                 _close(sock)
@@ -148,13 +165,26 @@ class TcpNetwork(ConnectionPool):
         handshake = ServerHandshake(self.identity, self.contact, binding, observed_addr=addr)
         self.add(await shake_hands(carrier, handshake), is_client=False)
 
+    async def _run(self, connection: Connection) -> None:
+        if connection.is_client:
+            await super()._run(connection)
+            return
+        origin = get_origin(parse_address(connection.remote_addr).host)
+        self._proven[origin] += 1
+        try:
+            await super()._run(connection)
+        finally:
+            self._proven[origin] -= 1
+            if not self._proven[origin]:
+                del self._proven[origin]
+
     async def _dial_tcp(self, addr: str, expected: PeerId | None) -> ShakenHands:
         address = parse_address(addr)
         if expected is None:
             expected = address.peer_id
         elif address.peer_id not in (None, expected):
             raise ConfigError(f"{addr} is not an address of {expected}")
-        sock = await _connect(address, addr)
+        sock = await _connect(address, addr, self._lookups)
         try:
             with trio.fail_after(HANDSHAKE_S):
                 carrier = TlsCarrier(sock, self._contexts.client, remote_addr=addr)
@@ -232,26 +262,49 @@ def _bind(address: Address) -> socket.socket:
     except OSError as error:
         if sock is not None:
             sock.close()
-        in_use = error.errno == errno.EADDRINUSE
-        hint = "another program has this port; stop it, or choose another (tcp/0 picks a free one)" if in_use else ""
+        hint = LISTEN_HINTS.get(error.errno or 0, "choose an address of this machine, or /ip4/0.0.0.0 for all it has")
         raise ConfigError(f"cannot listen at {address}: {error.strerror or error}", hint=hint) from error
     return sock
 
 
-async def _connect(address: Address, addr: str) -> socket.socket:
-    """A connected, non-blocking socket. The caller sets the deadline.
+async def _look_up(address: Address, addr: str, lookups: trio.CapacityLimiter) -> tuple[Any, ...]:
+    """The first of ``socket.getaddrinfo``'s answers.
 
     Raises:
-        Unreachable: unknown name, refused, no route.
+        Unreachable: no such name, or no answer in time.
     """
     families = {"4": socket.AF_INET, "6": socket.AF_INET6}
     family = families.get(address.protocol[-1], socket.AF_UNSPEC)
+    arguments = address.host, address.port, family, socket.SOCK_STREAM, 0
+    found: Sequence[tuple[Any, ...]] = []
     try:
-        found = await trio.socket.getaddrinfo(address.host, address.port, family, socket.SOCK_STREAM)
+        if address.protocol.startswith("ip"):
+            found = socket.getaddrinfo(*arguments, socket.AI_NUMERICHOST | socket.AI_NUMERICSERV)
+        else:
+            with trio.move_on_after(LOOKUP_S):
+                found = await trio.to_thread.run_sync(
+                    socket.getaddrinfo, *arguments, abandon_on_cancel=True, limiter=lookups
+                )
     except OSError as error:
         raise Unreachable(f"{addr}: {error.strerror or error}", hint="check the host's name") from error
-    family, kind, protocol, _, target = found[0]
-    sock = socket.socket(family, kind, protocol)
+    except ValueError as error:  # UnicodeError: a name that can't be one
+        raise Unreachable(f"{addr}: not a host's name: {error}", hint="check the host's name") from error
+    if not found:
+        raise Unreachable(f"{addr}: the name was not found within {LOOKUP_S:g} s", hint="check the name server")
+    return found[0]
+
+
+async def _connect(address: Address, addr: str, lookups: trio.CapacityLimiter) -> socket.socket:
+    """A connected, non-blocking socket. The caller sets the deadline.
+
+    Raises:
+        Unreachable: unknown name, refused, no route, no file descriptor left.
+    """
+    family, kind, protocol, _, target = await _look_up(address, addr, lookups)
+    try:
+        sock = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise Unreachable(f"{addr}: {error.strerror or error}") from error
     sock.setblocking(False)
     try:
         code = sock.connect_ex(target)
@@ -260,8 +313,10 @@ async def _connect(address: Address, addr: str) -> socket.socket:
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
             raise Unreachable(f"{addr}: {os.strerror(code)}", hint="is the node running there, and is the port right?")
-    except BaseException:
+    except BaseException as error:
         _close(sock)
+        if isinstance(error, OSError):
+            raise Unreachable(f"{addr}: {error.strerror or error}") from error
         raise
     return sock
 

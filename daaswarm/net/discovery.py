@@ -7,10 +7,12 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+import msgspec
 import trio
 from nacl.signing import SigningKey
 
-from daaswarm.core.adverts import ADVERT_KIND, AdvertBook, Known, to_bitmap
+from daaswarm import messages
+from daaswarm.core.adverts import ADVERT_KIND, AdvertBook, Known, check_advert, to_bitmap
 from daaswarm.core.kademlia import TICK_S, Kademlia
 from daaswarm.core.kademlia_events import (
     Effect,
@@ -45,6 +47,8 @@ from daaswarm.types import Dtype, ModelRoot, PeerId
 LOOKUP_S = 15.0  # a whole lookup; each request in it has its own, shorter deadline
 ADVERT_S = 5.0  # to dial one host and ask for its adverts; the dead cost this once, all at the same time
 ASKED_AT_ONCE = 32  # hosts asked for adverts at the same time
+ASKED = 256  # hosts asked for adverts at most: more than serve one answer, fewer than a flood of pointers names
+ASKING_S = 15.0  # for all of them together: three rounds of hosts that are all dead
 RESIGN_S = MAX_TTL_S / 3  # own adverts are signed anew this often
 
 logger = logging.getLogger(__name__)
@@ -69,6 +73,9 @@ class Discovery:
         self._signed: dict[ModelRoot, tuple[Signed, float]] = {}
         self._waiting: dict[str, tuple[trio.Event, list[LookupDone]]] = {}
         self._lookups = 0
+        self._seq = 0  # of the advert signed last
+        self._farewells: set[int] = set()  # requests that withdraw something, not yet answered
+        self._said = trio.Event()
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
@@ -88,6 +95,16 @@ class Discovery:
     def join(self, seeds: Iterable[Contact]) -> None:
         """Introduce this node to the swarm through ``seeds``."""
         self._apply(self.kademlia.join(time.time(), seeds))
+
+    def note_jump(self, by_s: float) -> None:
+        """The clock was set by ``by_s``: times noted before move with it, and what this node signed is signed anew."""
+        self.kademlia.shift(by_s)
+        self.renew()
+
+    def rejoin(self) -> None:
+        """Look this node up again: others may have given it up meanwhile."""
+        self.join([])
+        self.renew()
 
     def get_known(self) -> list[Contact]:
         """The peers in the routing table."""
@@ -113,7 +130,8 @@ class Discovery:
     async def find_adverts(self, root: ModelRoot) -> list[Known]:
         """The adverts of all live hosts of a model, each fetched from its host just now; this node's own included.
 
-        Asked are the hosts that the swarm points to and those known from before; who doesn't answer is left out.
+        Asked are those known from before and the hosts that the swarm points to, :data:`ASKED` at most, connected ones
+        first; who doesn't answer is left out.
         """
         found = await self.lookup(bytes.fromhex(root), "records")
         contacts = {
@@ -122,42 +140,98 @@ class Discovery:
         }
         contacts |= {PeerId(p.peer_id): Contact(peer_id=p.peer_id, addrs=p.addrs) for p in found.records}
         contacts.pop(self._network.peer_id, None)
-        slots = trio.Semaphore(ASKED_AT_ONCE)
+        asked = sorted(contacts.values(), key=lambda c: not self._network.is_connected(PeerId(c.peer_id)))[:ASKED]
+        waiting = iter(asked)
         serving: set[PeerId] = set()
-        async with trio.open_nursery() as nursery:
-            for contact in contacts.values():
-                nursery.start_soon(self._fetch_adverts, contact, root, slots, serving)
+
+        async def ask_some() -> None:
+            for contact in waiting:  # shared by all tasks, so hosts are asked in order
+                await self._fetch_adverts(contact, root, serving)
+
+        with trio.move_on_after(ASKING_S):
+            async with trio.open_nursery() as nursery:
+                for _ in range(min(ASKED_AT_ONCE, len(asked))):
+                    nursery.start_soon(ask_some)
         if root in self._own:
             self.book.put(self._sign(root), time.time())
             serving.add(self._network.peer_id)
         return [known for known in self.book.get_adverts(root, time.time()) if known.advert.peer_id in serving]
 
-    async def _fetch_adverts(
-        self, contact: Contact, root: ModelRoot, slots: trio.Semaphore, serving: set[PeerId]
-    ) -> None:
+    async def find_all_adverts(self) -> list[Known]:
+        """What the peers that this node knows serve, of any model; this node's own included. No lookup can ask for
+        that: the swarm's keys are models' names."""
+        contacts = {PeerId(contact.peer_id): contact for contact in self.get_known()}
+        now = time.time()
+        for root in self.book.get_models(now):
+            for known in self.book.get_adverts(root, now):
+                peer = PeerId(known.advert.peer_id)
+                contacts.setdefault(peer, Contact(peer_id=peer, addrs=known.advert.addrs))
+        contacts.pop(self._network.peer_id, None)
+        asked = sorted(contacts.values(), key=lambda c: not self._network.is_connected(PeerId(c.peer_id)))[:ASKED]
+        waiting = iter(asked)
+        found: list[Known] = []
+
+        async def ask_some() -> None:
+            for contact in waiting:
+                found.extend(await self._fetch_all(contact))
+
+        with trio.move_on_after(ASKING_S):
+            async with trio.open_nursery() as nursery:
+                for _ in range(min(ASKED_AT_ONCE, len(asked))):
+                    nursery.start_soon(ask_some)
+        for root in self._own:
+            signed = self._sign(root)
+            found.append(Known(messages.get_decoder(Advert).decode(signed.payload), signed))  # type: ignore[arg-type]
+        return found
+
+    async def _fetch_all(self, contact: Contact) -> list[Known]:
+        """All adverts of one peer, checked; none if it doesn't answer."""
+        peer = PeerId(contact.peer_id)
+        try:
+            reply, _ = await self._network.call(contact, GetAdverts(), deadline_s=ADVERT_S)
+        except DaaswarmError as error:
+            logger.info("%s can't be asked what it serves: %s", peer, error)
+            return []
+        found: dict[ModelRoot, Known] = {}
+        for signed in reply.adverts if isinstance(reply, Adverts) else []:
+            try:
+                known = check_advert(signed, self._swarm, time.time())
+            except RemoteProtocolError as error:
+                logger.info("an advert from %s is refused: %s", peer, error)
+                continue
+            if known.advert.peer_id == peer and not known.advert.withdrawn:
+                found[ModelRoot(known.advert.model_root)] = known
+        return list(found.values())
+
+    async def _fetch_adverts(self, contact: Contact, root: ModelRoot, serving: set[PeerId]) -> None:
         """Ask a host; it joins ``serving`` if it answers that it has the model."""
         peer = PeerId(contact.peer_id)
-        async with slots:
-            try:
-                reply, _ = await self._network.call(contact, GetAdverts(model_root=root), deadline_s=ADVERT_S)
-            except DaaswarmError as error:
-                logger.info("host %s can't be asked: %s", peer, error)
-                return
+        try:
+            reply, _ = await self._network.call(contact, GetAdverts(model_root=root), deadline_s=ADVERT_S)
+        except DaaswarmError as error:
+            logger.info("host %s can't be asked: %s", peer, error)
+            return
         if not isinstance(reply, Adverts):
             logger.info("host %s answered GetAdverts with %s", peer, type(reply).__name__)
             return
         for signed in reply.adverts:
+            if not _is_advert_of(signed, peer, root):
+                logger.info("an advert from %s is ignored: it was not asked for", peer)
+                continue
             try:
                 self.book.put(signed, time.time())
             except RemoteProtocolError as error:
                 logger.info("an advert from %s is refused: %s", peer, error)
             else:
-                if get_peer_id(signed.public_key) == peer:
-                    serving.add(peer)
+                serving.add(peer)
+        if peer not in serving:
+            self.book.withdraw(peer, root)  # it says itself that it left; next time it isn't even asked
 
     # -- being found --------------------------------------------------------------------------------------------
 
-    def advertise(self, root: ModelRoot, name: str, kind: str, held: dict[int, list[int]], dtype: Dtype) -> None:
+    def advertise(
+        self, root: ModelRoot, name: str, kind: str, held: dict[int, list[int]], dtype: Dtype, *, paused: bool = False
+    ) -> None:
         """Tell the swarm what this node serves of a model, from now on."""
         assert self._network.contact is not None
         self._own[root] = Advert(
@@ -171,30 +245,46 @@ class Discovery:
             addrs=self._network.contact.addrs,
             seq=0,
             expires_at=0.0,
+            paused=paused,
         )
         self._signed.pop(root, None)
         self._apply(self.kademlia.publish(bytes.fromhex(root), time.time()))
 
+    def set_paused(self, paused: bool) -> None:
+        """Whether calls are answered now. Those who ask for adverts learn it; the pointers stay as they are."""
+        for root, advert in self._own.items():
+            if advert.paused != paused:
+                self._own[root] = msgspec.structs.replace(advert, paused=paused)
+                self._signed.pop(root, None)
+
+    def renew(self) -> None:
+        """Sign and publish everything anew: the clock was set, or the swarm may have forgotten this node."""
+        self._signed.clear()
+        for root in self._own:
+            self._apply(self.kademlia.publish(bytes.fromhex(root), time.time()))
+
     def withdraw(self, root: ModelRoot) -> None:
-        """Serve nothing of a model any more."""
+        """Serve nothing of a model any more, and say so to whoever points others here."""
         self._own.pop(root, None)
         self._signed.pop(root, None)
-        self.kademlia.unpublish(bytes.fromhex(root))
+        effects = self.kademlia.unpublish(bytes.fromhex(root), time.time())
+        self._farewells |= {effect.rpc_id for effect in effects if isinstance(effect, SendRequest)}
+        self._apply(effects)
+
+    async def leave(self) -> None:
+        """Withdraw everything, and wait until that is said. The caller sets the deadline."""
+        for root in list(self._own):
+            self.withdraw(root)
+        while self._farewells and self._nursery is not None:
+            self._said = trio.Event()
+            await self._said.wait()
 
     def _sign(self, root: ModelRoot) -> Signed:
         now = time.time()
         signed, made_at = self._signed.get(root, (None, 0.0))
-        if signed is None or now - made_at > RESIGN_S:
-            advert = self._own[root]
-            fresh = Advert(
-                **{
-                    name: getattr(advert, name)
-                    for name in advert.__struct_fields__
-                    if name not in ("seq", "expires_at")
-                },
-                seq=int(now * 1000),
-                expires_at=now + MAX_TTL_S,
-            )
+        if signed is None or abs(now - made_at) > RESIGN_S:  # abs: the clock may have been set back
+            self._seq = max(self._seq + 1, int(now * 1000))  # grows also when the clock is set back
+            fresh = msgspec.structs.replace(self._own[root], seq=self._seq, expires_at=now + MAX_TTL_S)
             signed = seal(fresh, ADVERT_KIND, self._key, self._swarm)
             self._signed[root] = signed, now
         return signed
@@ -240,4 +330,21 @@ class Discovery:
         else:
             if isinstance(reply, Found | Stored | Failure):
                 event = ReplyReceived(rpc_id=effect.rpc_id, message=reply)
-        self._apply(self.kademlia.handle(event, time.time()))
+        self._farewells.discard(effect.rpc_id)
+        self._said.set()
+        try:
+            self._apply(self.kademlia.handle(event, time.time()))
+        except Exception:  # a bug of ours costs one request, not the node
+            logger.exception("an answer of %s could not be handled", effect.contact.peer_id)
+
+
+def _is_advert_of(signed: Signed, peer: PeerId, root: ModelRoot) -> bool:
+    """Whether it says that it is the peer's own advert of that model: others would fill the book with what nobody
+    asked for."""
+    if get_peer_id(signed.public_key) != peer:
+        return False
+    try:
+        advert = messages.decode(Advert, signed.payload)
+    except msgspec.DecodeError:
+        return False
+    return isinstance(advert, Advert) and advert.model_root == root

@@ -49,15 +49,20 @@ def get_failure(error: DaaswarmError) -> Failure:
 
 def get_error(failure: Failure, peer: str) -> DaaswarmError:
     """The error that ``peer`` answered with; a code of a newer version becomes an :class:`ExpertError` naming it."""
-    message = f"{peer}: {failure.message}"
+    message, hint = f"{peer}: {_clean(failure.message)}", _clean(failure.hint)
     if failure.code == Busy.code:
         retry_after_s = failure.retry_after_s
         if not 0 <= retry_after_s <= MAX_RETRY_S:  # also when it is NaN
             retry_after_s = MAX_RETRY_S
-        return Busy(message, hint=failure.hint, retry_after_s=retry_after_s)
+        return Busy(message, hint=hint, retry_after_s=retry_after_s)
     kind = _BY_CODE.get(failure.code)
     if kind is None:
-        return ExpertError(f"{message} ({failure.code})", hint=failure.hint)
+        return ExpertError(f"{message} ({_clean(failure.code)})", hint=hint)
     if issubclass(kind, RemoteProtocolError):
-        return RemoteProtocolError(message, hint=failure.hint, reject=False)
-    return kind(message, hint=failure.hint)
+        return RemoteProtocolError(message, hint=hint, reject=False)
+    return kind(message, hint=hint)
+
+
+def _clean(text: str) -> str:
+    """A peer's words end up in a terminal and in the log: no control characters, no further lines."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

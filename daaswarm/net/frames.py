@@ -107,6 +107,7 @@ class FrameParser:
         self._buffer = bytearray()
         self._head: tuple[Kind, int, int, int, int] | None = None  # kind, deadline, call, header bytes, body field
         self._need = HEAD_BYTES
+        self.frames = 0  # whole ones that were taken
 
     @property
     def buffered_bytes(self) -> int:
@@ -141,6 +142,7 @@ class FrameParser:
         header = bytes(buffer[HEAD_BYTES:split]) if header_bytes else _EMPTY
         body = buffer[split:need]
         del buffer[:need]
+        self.frames += 1
         return Frame(kind, call, deadline_ms, header, total, body)
 
 

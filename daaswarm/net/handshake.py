@@ -75,7 +75,7 @@ class _Handshake:
 
     def receive(self, frame: Frame) -> bytes:
         try:
-            message = messages.get_decoder(messages.Handshake).decode(frame.header)
+            message = messages.decode(messages.Handshake, frame.header)
         except msgspec.DecodeError as error:
             return self._fail("bad_message", f"an undecodable handshake message: {error}")
         if isinstance(message, Failure):
@@ -87,7 +87,7 @@ class _Handshake:
         raise NotImplementedError
 
     def _fail(self, code: str, message: str, hint: str = "") -> bytes:
-        self.error = RemoteProtocolError(message, hint=hint)
+        self.error = RemoteProtocolError(message[:1000], hint=hint)
         return _encode(Failure(code=code, message=message[:1000], hint=hint))
 
     def _check_contact(self, contact: Contact | None, peer_id: PeerId) -> bool:

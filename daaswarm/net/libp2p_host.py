@@ -1,9 +1,10 @@
-"""The door for libp2p peers and browsers: a py-libp2p host with this node's key. The only importer of libp2p.
+"""The door for libp2p peers and browsers: a py-libp2p host with this node's key.
 
 It listens on loopback only; ``dataplane.py`` splices to it who speaks libp2p at the node's one public port. A stream of
-``/daaswarm/1`` carries the same frames as between nodes, without our handshake: noise has proven the PeerId already.
-py-libp2p's traps are kept in here: an exception that leaves a handler ends the host, a cancelled write poisons the
-connection, and nothing limits what is read.
+``/daaswarm/1/<swarm>`` carries the same frames as between nodes, without our handshake: noise has proven the PeerId
+already, and a peer of another swarm finds no protocol to speak.
+py-libp2p's traps are kept in here and in ``libp2p_guards.py``: an exception that leaves a handler ends the host, a
+cancelled write poisons the connection, and nothing limits what is received unread.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import trio
 
 from daaswarm.errors import ConfigError, ConnectionLost, DaaswarmError
 from daaswarm.limits import CONNECTIONS_PER_PEER, WRITE_STALL_S
+from daaswarm.messages import PROTOCOL_VERSION
 from daaswarm.net.addresses import parse_address
 from daaswarm.net.carrier import MemoryCarrier, open_memory_pair
 from daaswarm.net.connection import Connection
@@ -35,12 +37,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PROTOCOL = "/daaswarm/1"
 MAX_STREAMS = 256  # open streams of all libp2p peers together
 READ_BYTES = 64 * 1024  # asked of a stream at once
-CLOSE_S = 2.0  # to say goodbye; libp2p may hang in it
+CLOSE_S = 1.0  # for what a peer is sent at the end; it may not read, and a node that leaves must not wait for it
 
-_MODULES = ("libp2p", "libp2p.crypto.ed25519", "libp2p.exceptions", "libp2p.network.stream.exceptions")
+_MODULES = ("libp2p", "libp2p.crypto.ed25519", "libp2p.exceptions", "daaswarm.net.libp2p_guards")
+
+
+def get_protocol(swarm: bytes) -> str:
+    """The stream protocol of a swarm (32 bytes). Like our handshake, it keeps swarms apart; it is no secret."""
+    return f"/daaswarm/{PROTOCOL_VERSION}/{swarm.hex()}"
 
 
 @dataclass
@@ -72,6 +78,8 @@ async def open_libp2p_host(
     from libp2p.custom_types import TProtocol
     from multiaddr import Multiaddr
 
+    from daaswarm.net.libp2p_guards import BoundedMuxer, NeverConnector
+
     # A stranger's garbage makes libp2p log tracebacks; what matters is logged here, in a line.
     libp2p_log = logging.getLogger("libp2p")
     if libp2p_log.level in (logging.NOTSET, logging.WARNING):  # WARNING is what its import sets
@@ -79,14 +87,16 @@ async def open_libp2p_host(
     listen = [Multiaddr("/ip4/127.0.0.1/tcp/0"), Multiaddr("/ip4/127.0.0.1/tcp/0/ws")]
     host = libp2p.new_host(
         key_pair=create_new_key_pair(bytes(identity.key)),
-        muxer_preference="YAMUX",
         enable_websocket=True,
         disable_identify_address_discovery=True,
     )
+    swarm: Any = host.get_network()
+    swarm.upgrader.muxer_multistream = BoundedMuxer()
+    swarm.auto_connector = NeverConnector(swarm)
     if str(host.get_id()) != identity.peer_id:
         raise ConfigError(f"libp2p derived the PeerId {host.get_id()} from the key of {identity.peer_id}")
     door = _Door(handler, fast_handler, budget or InboundBudget())
-    host.set_stream_handler(TProtocol(PROTOCOL), door.serve)
+    host.set_stream_handler(TProtocol(get_protocol(identity.swarm)), door.serve)
     failure: Exception | None = None
     async with host.run(listen_addrs=listen):
         running = Libp2pHost(identity.peer_id, host)
@@ -101,6 +111,10 @@ async def open_libp2p_host(
             yield running
         except Exception as error:  # noqa: BLE001 - raised again below, where libp2p's nursery can't wrap it
             failure = error
+        finally:
+            with trio.move_on_after(CLOSE_S, shield=True):  # pyright: ignore[reportCallIssue] - wrong third-party stubs
+                for listener in swarm.listeners.values():  # libp2p leaves their sockets open
+                    await listener.close()
     if failure is not None:
         raise failure
 
@@ -168,7 +182,7 @@ async def _pump_in(stream: INetStream, outer: MemoryCarrier) -> None:
 
 
 async def _pump_out(stream: INetStream, outer: MemoryCarrier, connection: Connection) -> None:
-    """Session → stream. A write is cancelled only when it stalls; after that nothing is written any more."""
+    """Session → stream. A write is cancelled only when it stalls, since that poisons the libp2p connection."""
     from libp2p.exceptions import BaseLibp2pError
 
     try:
@@ -184,6 +198,7 @@ async def _pump_out(stream: INetStream, outer: MemoryCarrier, connection: Connec
                     await stream.write(bytes(data))
     except trio.TooSlowError:
         connection.close(ConnectionLost(f"the peer has read nothing for {WRITE_STALL_S:g} s"))
+        await _abort(stream)
     except (BaseLibp2pError, OSError, ValueError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
         connection.close(ConnectionLost(f"libp2p could not write: {error}"))
 
@@ -191,8 +206,20 @@ async def _pump_out(stream: INetStream, outer: MemoryCarrier, connection: Connec
 async def _reset(stream: INetStream) -> None:
     from libp2p.exceptions import BaseLibp2pError
 
-    with trio.move_on_after(CLOSE_S):
+    with trio.move_on_after(CLOSE_S) as scope:
         try:
             await stream.reset()
         except (BaseLibp2pError, OSError, ValueError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             log.debug("resetting a libp2p stream failed: %s", error)
+    if scope.cancelled_caught:
+        await _abort(stream)
+
+
+async def _abort(stream: INetStream) -> None:
+    """End the connection that ``stream`` is one of."""
+    from daaswarm.net.libp2p_guards import BoundedYamux
+
+    muxer = stream.muxed_conn
+    assert isinstance(muxer, BoundedYamux)
+    with trio.move_on_after(CLOSE_S, shield=True):  # pyright: ignore[reportCallIssue] - wrong third-party stubs
+        await muxer.abort()

@@ -18,13 +18,26 @@ if TYPE_CHECKING:
 
 
 class PendingCall:
-    """A call that has been submitted. Wait for it in one place only."""
+    """A call that has been submitted, just now. Wait for it in one place only."""
 
-    __slots__ = ("_body", "_call", "_connection", "_deadline_s", "_done", "_error", "_on_done", "_reply", "_wakeup")
+    __slots__ = (
+        "_body",
+        "_call",
+        "_connection",
+        "_deadline_s",
+        "_done",
+        "_done_at",
+        "_error",
+        "_on_done",
+        "_reply",
+        "_submitted_at",
+        "_wakeup",
+    )
 
     def __init__(self, connection: Connection, deadline_s: float, on_done: Callable[[], None] | None = None) -> None:
         self._connection = connection
         self._deadline_s = deadline_s
+        self._submitted_at = self._done_at = monotonic()
         self._call = 0
         self._reply: Reply | None = None
         self._body: memoryview | None = None
@@ -38,17 +51,23 @@ class PendingCall:
     def peer_id(self) -> PeerId:
         return self._connection.peer_id
 
+    @property
+    def latency_s(self) -> float:
+        """From submitting the call to its answer, whenever that was looked at; 0 while there is none."""
+        return self._done_at - self._submitted_at
+
     def wait(self, timeout_s: float | None = None) -> tuple[Reply, memoryview]:
-        """Block this (worker) thread until the answer; by default as long as the call's deadline.
+        """Block this (worker) thread until the answer, for ``timeout_s`` at most. The call's deadline ends it anyway,
+        and counts from submitting: what was spent on waiting for other calls isn't given to this one.
 
         Raises:
             DeadlineExceeded: no answer in time; the call is cancelled.
             ConnectionLost, Busy, ExpertError, ...: as for ``Network.call``.
         """
-        timeout_s = self._deadline_s if timeout_s is None else timeout_s
         if not self._done:
-            self._connection.wait_for(self, monotonic() + timeout_s)
-        return self.get_result(timeout_s)
+            due = self._submitted_at + self._deadline_s
+            self._connection.wait_for(self, due if timeout_s is None else min(due, monotonic() + timeout_s))
+        return self.get_result(self._deadline_s if timeout_s is None else timeout_s)
 
     def cancel(self) -> None:
         """Give the call up. Thread-safe; does nothing when it has ended."""
@@ -73,6 +92,7 @@ class PendingCall:
 
     def finish(self, reply: Reply | None, body: memoryview | None, error: DaaswarmError | None) -> None:
         self._reply, self._body, self._error = reply, body, error
+        self._done_at = monotonic()
         self._done = True
         self.wake()
         if self._on_done is not None:

@@ -32,6 +32,8 @@ from daaswarm.types import PeerId
 
 log = logging.getLogger(__name__)
 
+DRAIN_LOOK_S = 0.01  # between two looks whether all is sent, while a node leaves
+ROOM_RETRY_S = 1.0  # hint that goes with a refusal for lack of connections: a few calls' time
 STAGGER_S = 0.25  # a contact's next address is tried after this, while the ones before may still answer
 
 
@@ -138,18 +140,17 @@ class ConnectionPool:
         return self.get(peer_id) is not None
 
     def add(self, hands: ShakenHands, *, is_client: bool) -> Connection:
-        """Take over a proven carrier. A peer's connections beyond its share push out its oldest.
+        """Take over a proven carrier. Beyond a limit it pushes out an idle connection, never one in use.
 
         Raises:
-            Busy: the node has all the connections it may have, and none is idle.
+            Busy: the peer, or the node, has all the connections it may have, and all are in use.
         """
-        if self._count >= CONNECTIONS:
-            try:
-                self._evict()
-            except Busy:
-                _drop(hands.carrier)
-                raise
         peer_id = hands.peer.peer_id
+        try:
+            self._make_room(peer_id, is_client)
+        except Busy:
+            _drop(hands.carrier)
+            raise
         connection = Connection(
             hands.carrier,
             hands.peer,
@@ -159,10 +160,7 @@ class ConnectionPool:
             fast_handler=self._fast_handler,
             early=hands.early,
         )
-        some = self._by_peer.setdefault(peer_id, [])
-        if len(some) >= CONNECTIONS_PER_PEER:
-            some[0].close(ConnectionLost("replaced by a newer connection"))
-        some.append(connection)
+        self._by_peer.setdefault(peer_id, []).append(connection)
         self._count += 1
         self._nursery.start_soon(self._run, connection)
         return connection
@@ -172,7 +170,7 @@ class ConnectionPool:
 
     async def connect_addr(self, addr: str) -> Contact:
         with trio.move_on_after(DIAL_S):
-            hands = await self._dial_address(addr, None)
+            hands = await self._dial_one(addr, None)
             connection = self.add(hands, is_client=True)
             return connection.peer.contact or Contact(peer_id=connection.peer_id, addrs=[addr])
         raise _get_silent([addr], DIAL_S)
@@ -199,6 +197,19 @@ class ConnectionPool:
         if connection is None:
             raise Unreachable(f"no connection with {contact.peer_id}", hint="connect first")
         return connection.submit(message, body, deadline_s=deadline_s)
+
+    async def check_connections(self) -> None:
+        """Ping all peers at once; connections that bring no answer end. After a suspension, TCP wouldn't notice."""
+        async with trio.open_nursery() as nursery:
+            for connection in self.connections:
+                if connection.is_open:
+                    nursery.start_soon(connection.check)
+
+    async def drain(self) -> None:
+        """Until every answer that peers wait for is sent. The caller sets the deadline."""
+        # There is no event to wait for: answers are written by whichever thread holds the connection.
+        while any(c.served_calls for c in self.connections if c.is_open):  # noqa: ASYNC110
+            await trio.sleep(DRAIN_LOOK_S)
 
     async def disconnect(self, peer_id: PeerId, reason: str) -> None:
         for connection in list(self._by_peer.get(peer_id, ())):
@@ -243,7 +254,7 @@ class ConnectionPool:
 
         async def try_address(addr: str, failed: trio.Event, scope: trio.CancelScope) -> None:
             try:
-                hands = await self._dial_address(addr, PeerId(contact.peer_id))
+                hands = await self._dial_one(addr, PeerId(contact.peer_id))
             except ConfigError as error:  # in somebody's advert, not in what our user typed
                 errors.append(Unreachable(error.message))
                 failed.set()
@@ -283,9 +294,20 @@ class ConnectionPool:
         reasons = "; ".join(error.message for error in errors)
         raise Unreachable(f"{contact.peer_id} is not reachable: {reasons}", hint=errors[0].hint)
 
+    async def _dial_one(self, addr: str, expected: PeerId | None) -> ShakenHands:
+        try:
+            return await self._dial_address(addr, expected)
+        except DaaswarmError:
+            raise
+        except Exception as error:  # a bug of ours that a stranger's answer, or address, brought to light
+            log.exception("dialling %s failed", addr)
+            raise Unreachable(f"{addr} can't be dialled: internal error; the log has the details") from error
+
     async def _run(self, connection: Connection) -> None:
         try:
             await connection.run()
+        except Exception:  # ends this connection, and not the node
+            log.exception("the connection with %s at %s failed", connection.peer_id, connection.remote_addr)
         finally:
             some = self._by_peer[connection.peer_id]
             some.remove(connection)
@@ -293,12 +315,26 @@ class ConnectionPool:
             if not some:
                 del self._by_peer[connection.peer_id]
 
-    def _evict(self) -> None:
-        for connection in self.connections:
-            if connection.is_open and connection.is_idle:
-                connection.close(ConnectionLost("idle, and the node needs room for another connection"))
-                return
-        raise Busy(f"all {CONNECTIONS} connections of this node are in use", retry_after_s=1.0)
+    def _make_room(self, peer_id: PeerId, is_client: bool) -> None:
+        some = self._by_peer.get(peer_id, [])
+        if sum(connection.is_open for connection in some) >= CONNECTIONS_PER_PEER and not _evict(some):
+            raise Busy(f"all {CONNECTIONS_PER_PEER} connections with {peer_id} are in use", retry_after_s=ROOM_RETRY_S)
+        if len(some) >= 2 * CONNECTIONS_PER_PEER:  # work still goes on for those that have ended
+            raise Busy(f"the last connections with {peer_id} have not ended yet", retry_after_s=ROOM_RETRY_S)
+        if self._count >= CONNECTIONS:
+            # Strangers who dial in never push out whom this node has dialled: it is about to call them again.
+            inbound = [connection for connection in self.connections if not connection.is_client]
+            if not _evict(inbound) and not (is_client and _evict(self.connections)):
+                raise Busy(f"all {CONNECTIONS} connections of this node are in use", retry_after_s=ROOM_RETRY_S)
+
+
+def _evict(connections: Sequence[Connection]) -> bool:
+    """Close the oldest idle one; ``False`` when all are in use."""
+    for connection in connections:
+        if connection.is_open and connection.is_idle:
+            connection.close(ConnectionLost("idle, and its room is needed for a newer connection"))
+            return True
+    return False
 
 
 def check_peer_id(expected: PeerId | None, proven: PeerId, addr: str) -> None:

@@ -14,7 +14,7 @@ from typing import cast
 import msgspec
 
 from daaswarm import messages
-from daaswarm.errors import Busy, ConnectionLost, RemoteProtocolError
+from daaswarm.errors import Busy, ConnectionLost, DeadlineExceeded, RemoteProtocolError
 from daaswarm.limits import CALLS_PER_PEER, CHUNK_BYTES, WINDOW_BYTES
 from daaswarm.messages import Failure, Reply, Request
 from daaswarm.net.failures import UNSUPPORTED
@@ -45,10 +45,12 @@ from daaswarm.net.transfers import (
 LAST_CALL = 2**32 - 2  # ids are u32; a connection that used them up is replaced
 CONTROL_BACKLOG = 4 * CALLS_PER_PEER  # unsent windows, cancels and refusals; more: the peer sends but never reads
 BUSY_RETRY_S = 0.1  # hint that goes with a refusal for lack of room
+SMALL_HEADER_BYTES = 2 * 1024  # up to here not worth counting: CALLS_PER_HOST of them are a few MiB
+HEADER_COST = 12  # bytes that one byte of a header may take once decoded: a list of small numbers
 
 _encode = messages.encode
-_decode_request = cast("Callable[[bytes], Request]", messages.get_decoder(messages.Request).decode)
-_decode_reply = cast("Callable[[bytes], Reply]", messages.get_decoder(messages.Reply).decode)
+_decode_request = cast("Callable[[bytes], Request]", messages.get_decode(messages.Request))
+_decode_reply = cast("Callable[[bytes], Reply]", messages.get_decode(messages.Reply))
 
 
 class Session:
@@ -56,12 +58,14 @@ class Session:
 
     is_client: this side dialled; it uses odd call ids.
     budget: shared by all sessions of the node.
+    peer: whose share of the budget its bodies take.
     wake: called (from any thread, must not block) when :meth:`grant_windows` should be called.
     """
 
-    def __init__(self, *, is_client: bool, budget: InboundBudget, wake: Callable[[], None]) -> None:
+    def __init__(self, *, is_client: bool, budget: InboundBudget, wake: Callable[[], None], peer: str = "") -> None:
         self._parser = FrameParser()
         self._budget = budget
+        self._peer = peer
         self._wake = wake
         self._next_call = 1 if is_client else 2
         self._their_parity = 0 if is_client else 1
@@ -71,7 +75,9 @@ class Session:
         self._control: deque[bytes] = deque()
         self._ready: deque[Outgoing] = deque()
         self._outgoing: dict[int, Outgoing] = {}  # all that isn't wholly sent, by call id
-        self._blocked: dict[int, int] = {}  # call id -> bytes sent, at the last has_stalled
+        self._blocked: dict[int, int] = {}  # call id -> bytes sent, at the last drop_stalled
+        self._frames = 0  # received, at the last drop_stalled
+        self._was_unfinished = False  # one was, then
         self._starved: dict[int, Incoming] = {}  # bodies whose next window the budget refused
 
     @property
@@ -104,13 +110,28 @@ class Session:
         return call
 
     def send_reply(self, call: int, message: Reply, body: Sequence[Buffer] = ()) -> None:
-        """Answer a call of the peer's. Does nothing when it was cancelled. It counts as served until wholly sent.
+        """Answer a call of the peer's; one that was cancelled ends with this. It counts as served until wholly sent.
 
         Raises:
             TooLarge: the message or body is over its limit; the call is still to be answered.
         """
+        served = self._served.get(call)
+        if served is None or call in self._outgoing:
+            return
+        if served.cancelled:
+            self._end_served(call)
+            return
+        served.checks = 0
+        header = _encode(message)
+        if len(header) > SMALL_HEADER_BYTES and not self._charge(served, len(header)):
+            header = _encode(Failure(code=Busy.code, message="no memory left for answers", retry_after_s=BUSY_RETRY_S))
+            body = ()
+        self._queue(Kind.REPLY, call, 0, header, body)
+
+    def drop_served(self, call: int) -> None:
+        """The work for a call of the peer's has ended and brings no answer. Does nothing when it was answered."""
         if call in self._served and call not in self._outgoing:
-            self._queue(Kind.REPLY, call, 0, _encode(message), body)
+            self._end_served(call)
 
     def cancel(self, call: int) -> object | None:
         """Give up a call of ours; its ticket, or ``None`` when it has ended already."""
@@ -145,8 +166,26 @@ class Session:
             self._ready.append(outgoing)
         return buffers
 
-    def has_stalled(self) -> bool:
-        """True when a reply of ours was refused windows ever since this was asked last: the peer hoards our memory."""
+    def drop_stalled(self) -> bool:
+        """Ask every IDLE_PING_S: ``True`` when the peer hoards our memory; close the connection.
+
+        That is when a reply of ours was refused windows, or a frame stayed unfinished, ever since this was asked last.
+        A request or reply that is under way for the third time has outlived every deadline: the one is given up, for
+        the other the connection has to go.
+        """
+        for call, served in list(self._served.items()):
+            if served.incoming is None and call not in self._outgoing:
+                continue
+            served.checks += 1
+            if served.checks > 2:
+                if served.incoming is None:
+                    return True
+                self._end_served(call)
+                self._refuse(call, DeadlineExceeded.code, "the body didn't arrive by the call's deadline")
+        frames, self._frames = self._frames, self._parser.frames
+        if self._parser.buffered_bytes and frames == self._parser.frames and self._was_unfinished:
+            return True
+        self._was_unfinished = self._parser.buffered_bytes > 0
         blocked = {
             call: out.sent for call, out in self._outgoing.items() if out.first is None and out.sent >= out.granted
         }
@@ -155,9 +194,12 @@ class Session:
         return stalled
 
     def close(self) -> list[object]:
-        """Give everything back; the tickets of our unanswered calls."""
-        for call in list(self._served):
-            self._end_served(call)
+        """Give everything back; the tickets of our unanswered calls. Calls still at work count until that ends."""
+        for call, served in list(self._served.items()):
+            if served.incoming is not None or call in self._outgoing:
+                self._end_served(call)
+            else:
+                served.cancelled = True
         tickets: list[object] = []
         for call, own in self._own.items():
             self._drop_incoming(call, own.incoming)
@@ -213,7 +255,9 @@ class Session:
             return self._refuse(call, Busy.code, "this node serves as many calls as it can")
         served = self._served[call] = Served()
         size = len(frame.body)
-        if not self._charge(served, size):
+        header_bytes = len(frame.header)
+        cost = header_bytes * HEADER_COST if header_bytes > SMALL_HEADER_BYTES else 0
+        if not self._charge(served, size + cost):
             self._end_served(call)
             return self._refuse(call, Busy.code, "no memory left for unfinished bodies")
         deadline_s = frame.deadline_ms / 1000
@@ -236,12 +280,13 @@ class Session:
         except msgspec.DecodeError as error:
             self._own.pop(call)
             self._push(encode_head(Kind.CANCEL, call))
-            return CallFailed(own.ticket, RemoteProtocolError(f"an undecodable reply: {error}", reject=False))
+            text = f"an undecodable reply: {str(error)[:200]}"
+            return CallFailed(own.ticket, RemoteProtocolError(text, reject=False))
         if len(frame.body) == frame.total:
             del self._own[call]
             return ReplyReceived(own.ticket, message, memoryview(frame.body))
         incoming = own.incoming = Incoming(message, frame.body, frame.total, 0.0)
-        if not self._budget.charge(len(frame.body)):
+        if not self._budget.charge(len(frame.body), None, self._peer):
             own.incoming = None
             return self._abandon(call, own)
         incoming.granted = WINDOW_BYTES
@@ -271,7 +316,7 @@ class Session:
             if not self._charge(holder, size, incoming):
                 self._end_served(call)
                 return self._refuse(call, Busy.code, "no memory left for unfinished bodies")
-        elif isinstance(holder, Own) and not self._budget.charge(size, incoming):
+        elif isinstance(holder, Own) and not self._budget.charge(size, incoming, self._peer):
             return self._abandon(call, holder)
         incoming.body += frame.body
         if got == incoming.total:
@@ -282,11 +327,11 @@ class Session:
 
     def _complete(self, call: int, incoming: Incoming, holder: Served | Own | None) -> Event:
         self._starved.pop(call, None)
-        self._budget.forget(incoming)
+        self._budget.forget(incoming, self._peer)
         body = memoryview(incoming.body)
         if isinstance(holder, Own):
             del self._own[call]
-            self._budget.release(incoming.total)
+            self._budget.release(incoming.total, self._peer)
             return ReplyReceived(holder.ticket, incoming.message, body)  # type: ignore[arg-type]
         assert holder is not None
         holder.incoming = None
@@ -310,10 +355,14 @@ class Session:
         if call % 2 == self._their_parity:
             if call > self._their_last:
                 raise RemoteProtocolError(f"cancel of call {call}, which was never made")
-            self._drop_outgoing(call)  # the answer may be on its way
-            if call not in self._served:
+            served = self._served.get(call)
+            answered = self._drop_outgoing(call) is not None
+            if served is None:
                 return None
-            self._end_served(call)
+            if answered or served.incoming is not None:
+                self._end_served(call)  # no work is going on for it
+                return None
+            served.cancelled = True
             return CallCancelled(call)
         self._check_own(call)
         own = self._own.pop(call, None)
@@ -351,7 +400,7 @@ class Session:
         return CallFailed(own.ticket, Busy("no memory left here for unfinished bodies", retry_after_s=BUSY_RETRY_S))
 
     def _grant(self, call: int, incoming: Incoming) -> None:
-        if self._budget.may_grant(incoming, self._wake):
+        if self._budget.may_grant(incoming, self._wake, self._peer):
             self._starved.pop(call, None)
             incoming.granted += WINDOW_BYTES
             self._push(encode_head(Kind.WINDOW, call, body=WINDOW_BYTES))
@@ -359,7 +408,7 @@ class Session:
             self._starved[call] = incoming
 
     def _charge(self, served: Served, size: int, body: InboundBody | None = None) -> bool:
-        if size and not self._budget.charge(size, body):
+        if size and not self._budget.charge(size, body, self._peer):
             return False
         served.charged += size
         return True
@@ -369,15 +418,15 @@ class Session:
         self._budget.end_call()
         if served.incoming is not None:
             self._starved.pop(call, None)
-            self._budget.forget(served.incoming)
+            self._budget.forget(served.incoming, self._peer)
         if served.charged:
-            self._budget.release(served.charged)
+            self._budget.release(served.charged, self._peer)
 
     def _drop_incoming(self, call: int, incoming: Incoming | None) -> None:
         if incoming is not None:
             self._starved.pop(call, None)
-            self._budget.forget(incoming)
-            self._budget.release(len(incoming.body))
+            self._budget.forget(incoming, self._peer)
+            self._budget.release(len(incoming.body), self._peer)
 
     def _drop_outgoing(self, call: int) -> Outgoing | None:
         outgoing = self._outgoing.pop(call, None)

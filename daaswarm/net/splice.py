@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections import Counter
 
 import trio
 
 from daaswarm.errors import Busy, RemoteProtocolError, Unreachable
+from daaswarm.limits import HANDSHAKES_PER_ADDRESS
 
 log = logging.getLogger(__name__)
 
 MAX_SPLICES = 128  # each costs four file descriptors and a libp2p connection of 60 KB
+SPLICES_PER_ADDRESS = HANDSHAKES_PER_ADDRESS  # which of them are proven only libp2p knows, so all count
 SPLICE_IDLE_S = 120.0  # libp2p's own keep-alive is well below
 CONNECT_S = 5.0  # to our own loopback
 COPY_BYTES = 64 * 1024  # read at once
@@ -25,22 +28,24 @@ class Splicer:
 
     def __init__(self) -> None:
         self.targets: dict[int, tuple[str, int]] = {}
-        self._count = 0
+        self._by_origin: Counter[str] = Counter()  # open splices
 
-    async def splice(self, sock: socket.socket, first: int) -> None:
+    async def splice(self, sock: socket.socket, first: int, origin: str) -> None:
         """Copy both ways until either end closes, or both are idle. Leaves ``sock`` to the caller to close.
 
         Raises:
             RemoteProtocolError: nothing here understands what begins with ``first``.
-            Busy: too many splices.
+            Busy: too many splices, of all or of this origin (see ``get_origin``).
             Unreachable: the inner listener is gone.
         """
         target = self.targets.get(first)
         if target is None:
             raise RemoteProtocolError(f"speaks neither TLS nor libp2p (first byte 0x{first:02x})")
-        if self._count >= MAX_SPLICES:
+        if self._by_origin.total() >= MAX_SPLICES:
             raise Busy(f"{MAX_SPLICES} libp2p connections are open")
-        self._count += 1
+        if self._by_origin[origin] >= SPLICES_PER_ADDRESS:
+            raise Busy(f"{SPLICES_PER_ADDRESS} libp2p connections of one address are open")
+        self._by_origin[origin] += 1
         try:
             outer = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
             try:
@@ -51,7 +56,9 @@ class Splicer:
             async with inner:
                 await _copy_both(outer, inner)
         finally:
-            self._count -= 1
+            self._by_origin[origin] -= 1
+            if not self._by_origin[origin]:
+                del self._by_origin[origin]
 
 
 async def _copy_both(a: trio.SocketStream, b: trio.SocketStream) -> None:

@@ -84,12 +84,17 @@ class Incoming(InboundBody):
 
 
 class Served:
-    """A call of the peer's: charged to the node until it's answered or cancelled."""
+    """A call of the peer's: charged to the node until it's answered, or until the work for it has really ended.
 
-    __slots__ = ("charged", "incoming")
+    ``cancelled``: nobody waits for the answer any more, but the work still goes on.
+    """
+
+    __slots__ = ("cancelled", "charged", "checks", "incoming")
 
     def __init__(self) -> None:
         self.charged = 0
+        self.cancelled = False
+        self.checks = 0  # how often drop_stalled saw its body, or then its answer, under way
         self.incoming: Incoming | None = None
 
 

@@ -1,4 +1,4 @@
-"""The data directory of a node: identity key, settings, lock, control socket, known contacts."""
+"""The data directory of a node: identity key, settings, lock, control socket, and where the rest of it is."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 from nacl.signing import SigningKey
 
 from daaswarm.errors import ConfigError
-from daaswarm.messages import Contact
 
 SOCKET_PATH_BYTES = 100  # sun_path holds 104 (macOS) to 108 (Linux)
-CONTACTS = 64  # kept on disk; enough to find the swarm again without the bootstrap peer
 
 
 class DataDir:
@@ -32,7 +29,9 @@ class DataDir:
         self.key_path = path / "identity.key"
         self.config_path = path / "config.toml"
         self.lock_path = path / "node.lock"
-        self.contacts_path = path / "contacts.json"
+        self.database_path = path / "node.db"
+        self.history_path = path / "chat-history"
+        self.log_path = path / "logs" / "node.log"
 
     def create(self) -> None:
         """Make the directory.
@@ -64,6 +63,10 @@ class DataDir:
         if not stat.S_ISDIR(owned.st_mode) or owned.st_uid != os.getuid() or owned.st_mode & 0o077:
             raise ConfigError(f"{folder} is not a private folder of yours", hint="use a shorter --data-dir")
         return folder / f"{digest}.sock"
+
+    def is_used(self) -> bool:
+        """Whether a node was ever made or run here."""
+        return self.has_key() or self.lock_path.exists()
 
     def has_key(self) -> bool:
         return self.key_path.exists()
@@ -124,7 +127,7 @@ class DataDir:
 
         self.create()
         try:
-            opened = self.lock_path.open("a+", encoding="ascii")
+            opened = self.lock_path.open("a+b", buffering=0)
         except OSError as error:
             raise ConfigError(
                 f"{self.lock_path} can't be opened: {error.strerror}", hint="check its owner, or choose --data-dir"
@@ -134,28 +137,16 @@ class DataDir:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 file.seek(0)
-                owner = file.read(32).strip()
+                owner = file.read(32).decode("ascii", "replace").strip()
                 raise ConfigError(
                     f"a node already runs on {self.path}" + (f" (process {owner})" if owner else ""),
                     hint="use it (host-expert and infer attach to it), stop it, or choose another --data-dir",
                 ) from None
-            file.truncate(0)
-            file.write(f"{os.getpid()}\n")
-            file.flush()
+            with contextlib.suppress(OSError):  # it only says whose lock it is: a full disk doesn't make it less of one
+                file.truncate(0)
+                file.write(f"{os.getpid()}\n".encode())
             try:
                 yield
             finally:
-                file.truncate(0)
-
-    def load_contacts(self) -> list[Contact]:
-        """Peers seen by an earlier run; an unreadable file is no contacts, not an error."""
-        try:
-            return msgspec.json.decode(self.contacts_path.read_bytes(), type=list[Contact])[:CONTACTS]
-        except (OSError, msgspec.MsgspecError):
-            return []
-
-    def save_contacts(self, contacts: list[Contact]) -> None:
-        """Replace the file in one step, so that a crash leaves the old or the new one."""
-        temporary = self.contacts_path.with_suffix(".new")
-        temporary.write_bytes(msgspec.json.encode(contacts[:CONTACTS]))
-        temporary.replace(self.contacts_path)
+                with contextlib.suppress(OSError):
+                    file.truncate(0)

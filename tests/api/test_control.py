@@ -16,7 +16,7 @@ import trio
 
 from daaswarm.api import control
 from daaswarm.api.control import Emit, RemoteError, is_running, request, serve_control
-from daaswarm.errors import ConfigError, NoPeerCouldServe, Offline
+from daaswarm.errors import ConfigError, NoPeerCouldServe, Offline, RemoteProtocolError, TooLarge
 
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
@@ -43,6 +43,8 @@ class Node:
                 self.cancelled.set()
         if method == "grouped":
             raise ExceptionGroup("", [NoPeerCouldServe("nobody", hint="wait", missing={3: [0, 1]}, text="so far")])
+        if method == "large":
+            return {"text": "x" * 2000}
         if method == "bug":
             return {"x": params["missing"]}
         raise ConfigError(f"unknown method {method!r}", hint="none")
@@ -128,6 +130,9 @@ async def test_a_client_that_never_reads_holds_up_only_itself(path: Path) -> Non
         b'{"method": "count", "params": []}\n',
         b"\n",
         b"[" * 100_000 + b"\n",
+        b'{"method": "count", "more": ' + b"[" * 100_000 + b"\n",
+        b'{"method": "count", "params": {"x": ' + b"[" * 100_000 + b"\n",
+        b'{"method": "\xff"}\n',
         b"no end",
         b"",
     ],
@@ -157,6 +162,50 @@ async def test_a_line_that_never_ends_and_a_client_that_says_nothing(
                     except trio.BrokenResourceError:
                         pass  # it hung up before all was sent
         assert len(await ask(path, "count", {"to": 1})) == 2
+
+
+async def test_a_node_that_is_stuck(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "ACCEPTED_S", 0.05)
+    with socket.socket(socket.AF_UNIX) as stuck:  # it listens, as a stopped process does, but never answers
+        stuck.bind(os.fspath(path))
+        stuck.listen(16)
+        assert is_running(path)
+        for text in ("", "x" * 1_000_000):  # also one that doesn't fit into the socket's buffer
+            with pytest.raises(Offline, match="has not answered") as info, trio.fail_after(5):
+                await ask(path, "count", {"to": 1, "text": text})
+            assert "kill it" in info.value.hint
+
+
+async def test_a_node_says_at_once_that_it_heard(path: Path) -> None:
+    async with serving(path), await trio.open_unix_socket(os.fspath(path)) as stream:
+        await stream.send_all(b'{"method": "wait"}\n')
+        with trio.fail_after(5):
+            assert (await stream.receive_some()).startswith(b'{"event":"accepted"}\n')
+
+
+async def test_lines_are_bounded_both_ways(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "LINE_BYTES", 1000)
+    async with serving(path):
+        with pytest.raises(TooLarge):
+            await ask(path, "count", {"to": 1, "text": "x" * 1000})
+        with pytest.raises(RemoteError, match="limit") as info:
+            await ask(path, "large", {})
+        assert info.value.described["error"]["code"] == "too_large"
+    async with trio.open_nursery() as nursery:
+
+        async def talk(stream: trio.SocketStream) -> None:
+            with pytest.raises(trio.BrokenResourceError):
+                while True:
+                    await stream.send_all(b"x" * 1000)
+
+        with socket.socket(socket.AF_UNIX) as plain:
+            plain.bind(os.fspath(path))
+            plain.listen()
+            listening = trio.SocketListener(trio.socket.from_stdlib_socket(plain))
+            nursery.start_soon(trio.serve_listeners, talk, [listening])
+            with pytest.raises(RemoteProtocolError, match="a line of more than"), trio.fail_after(5):
+                await ask(path, "count", {})
+            nursery.cancel_scope.cancel()
 
 
 async def test_a_stale_socket_file_is_replaced(path: Path) -> None:

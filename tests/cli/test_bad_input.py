@@ -169,6 +169,7 @@ def test_a_quantised_checkpoint(refused: Callable[..., Said], copy: Callable[...
         (["--memory", "0"], "--memory '0'"),
         (["--memory", "1"], "not one expert fits"),
         (["--memory", "-5GB"], "--memory '-5GB'"),
+        (["--memory", "1kB", "--layers", "0"], "the limit is 1.0 kB"),
     ],
 )
 def test_host_expert_options(refused: Callable[..., Said], moe: Path, options: list[str], said: str) -> None:
@@ -194,6 +195,9 @@ def test_slices_and_experts_of_a_dense_model(refused: Callable[..., Said], dense
         (["--dtype", "int4"], "--dtype 'int4'"),
         (["--embedded", "0"], "embedded"),
         (["--stop", "\udcff"], "--stop is not UTF-8"),
+        (["--stop", "end", "--stop", ""], "--stop is empty"),
+        (["--raw", "--system", "Be brief"], "--system needs a chat template"),
+        (["--announce", "/ip4/192.0.2.1/tcp/1"], "--announce has no meaning without --listen"),
         (["--system", "\udcff"], "--system is not UTF-8"),
         (["--bootstrap", "nonsense"], "nonsense"),
         (["--bootstrap", ""], "is not"),
@@ -209,6 +213,40 @@ def test_slices_and_experts_of_a_dense_model(refused: Callable[..., Said], dense
 )
 def test_infer_options(refused: Callable[..., Said], moe: Path, options: list[str], said: str) -> None:
     assert said in refused("infer", "Hi", "--model", str(moe), *options).message
+
+
+@pytest.mark.parametrize("command", [["join"], ["host-expert", "MOE"], ["infer", "Hi", "--model", "MOE"]])
+def test_the_hint_is_about_the_option_that_is_wrong(
+    refused: Callable[..., Said], moe: Path, command: list[str]
+) -> None:
+    command = [str(moe) if word == "MOE" else word for word in command]
+    said = refused(*command, "--listen", "somewhere")
+    assert said.message.startswith("--listen 'somewhere'") and "/ip4/0.0.0.0/tcp/4001" in said.hint
+    assert "p2p" not in said.hint
+    said = refused(*command, "--listen", "/ip4/127.0.0.1/tcp/0", "--announce", "me")
+    assert said.message.startswith("--announce 'me'") and "others can dial" in said.hint
+
+
+UNREACHABLE = ["--bootstrap", f"/ip4/127.0.0.1/tcp/1/p2p/{SOMEONE}"]
+
+
+def test_what_is_wrong_here_is_said_before_anybody_is_asked(
+    refused: Callable[..., Said], moe: Path, tmp_path: Path
+) -> None:
+    """Each is refused for its own reason, not for the address at which nobody is."""
+    assert "not in 9" in refused("host-expert", str(moe), "--layers", "9", *UNREACHABLE).message
+    assert "not one expert fits" in refused("host-expert", str(moe), "--memory", "1", *UNREACHABLE).message
+    assert "gpt-17" in refused("host-expert", "gpt-17", *UNREACHABLE).message
+    assert "gpt-17" in refused("infer", "Hi", "--model", "gpt-17", *UNREACHABLE).message
+    long = "x" * 3000
+    for options in (UNREACHABLE, ["--embedded", "1"]):
+        assert "the prompt has" in refused("infer", long, "--model", str(moe), *options).message
+
+
+def test_a_folder_that_is_not_there(refused: Callable[..., Said], tmp_path: Path) -> None:
+    said = refused("status", "--data-dir", str(tmp_path / "no where"))
+    assert f"there is no data directory {tmp_path / 'no where'}" in said.message
+    assert f"daaswarm init --data-dir '{tmp_path / 'no where'}'" in said.hint
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n ", "\udcff"])
@@ -278,6 +316,8 @@ def test_config_set(refused: Callable[..., Said], home: Path) -> None:
     assert "unknown key 'network.port'" in refused("config", "set", "network.port", "1").message
     assert "infer.top_p" in refused("config", "set", "infer.top_p", "7").message
     assert "unknown key 'x'" in refused("config", "get", "x").message
+    assert "4001" in refused("config", "set", "network.listen", "here").hint
+    assert "names no PeerId" in refused("config", "set", "network.bootstrap", "/ip4/127.0.0.1/tcp/1").message
     assert not (home / "config.toml").exists()
 
 

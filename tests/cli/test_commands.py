@@ -18,9 +18,11 @@ from daaswarm.api.control import Emit, serve_control
 from daaswarm.cli.app import run
 from daaswarm.cli.output import Output
 from daaswarm.config import get_keys
-from daaswarm.messages import Contact
 from daaswarm.models.sources import DEFAULT_MODEL
 from daaswarm.store.data_dir import DataDir
+from daaswarm.store.database import Database
+from daaswarm.store.records import PeerRecord
+from daaswarm.types import PeerId
 
 PEER = "12D3KooWH3uVF6wv47WnArKHk5p6cvgCJEb74UTmxztmQDc298L3"
 
@@ -73,7 +75,9 @@ def test_init_where_it_is_told(ask_json: Callable[..., Any], tmp_path: Path, hom
 def test_init_for_people(capsys: pytest.CaptureFixture[str], home: Path) -> None:
     assert run(["init"]) == 0
     out, err = capsys.readouterr()
-    assert out == "" and str(home) in err and "12D3Koo" in err
+    peer_id, folder, settings = out.splitlines()  # the result, and nothing else
+    assert "12D3Koo" in peer_id and folder.endswith(str(home)) and settings.endswith(str(home / "config.toml"))
+    assert "made a new identity" in err and "next: daaswarm join" in err
 
 
 # -- config -------------------------------------------------------------------------------------------------------
@@ -90,8 +94,9 @@ def test_config(
     assert not home.exists()  # reading writes nothing
 
     assert ask_json("config", "set", "infer.max_tokens", "12") == {"infer.max_tokens": 12}
-    assert ask_json("config", "set", "network.bootstrap", "/a,/b") == {"network.bootstrap": ["/a", "/b"]}
-    assert ask("config", "get", "network.bootstrap") == '["/a", "/b"]\n'
+    addresses = [f"/ip4/192.0.2.{n}/tcp/4001/p2p/{PEER}" for n in (1, 2)]
+    assert ask_json("config", "set", "network.bootstrap", ",".join(addresses)) == {"network.bootstrap": addresses}
+    assert json.loads(ask("config", "get", "network.bootstrap")) == addresses
     assert ask_json("config", "get", "infer.max_tokens") == {"infer.max_tokens": 12}
     monkeypatch.setenv("DAASWARM_INFER_MAX_TOKENS", "13")
     assert ask("config", "get", "infer.max_tokens") == "13\n"
@@ -117,9 +122,15 @@ def test_status_of_nothing(ask_json: Callable[..., Any], ask: Callable[..., str]
 
 def test_status_from_disk(ask_json: Callable[..., Any], home: Path) -> None:
     peer_id = ask_json("init")["peer_id"]
-    DataDir(home).save_contacts([Contact(peer_id=PEER, addrs=[])])
+    path = DataDir(home).database_path
+    database = Database.open(path)
+    database.save([PeerRecord(peer_id=PeerId(PEER), addrs=[], first_seen=1.0, last_seen=2.0)], [], [], 3.0)
+    database.close()
     found = ask_json("status")
     assert found["peer_id"] == peer_id and found["known_peers"] == [PEER] and not found["running"]
+    assert [file.name for file in home.glob("node.db*")] == ["node.db"]  # looking leaves nothing behind
+    path.write_bytes(b"garbage" * 1000)
+    assert ask_json("status")["known_peers"] == [] and path.read_bytes() == b"garbage" * 1000
 
 
 async def test_status_of_a_running_node(capsys: pytest.CaptureFixture[str], home: Path) -> None:
@@ -158,6 +169,19 @@ async def test_status_of_a_running_node(capsys: pytest.CaptureFixture[str], home
     assert "running (process 42)" in shown and "m f32, 12.6 MB, layers 0-1: 0-1, 2: 3; 7 calls" in shown
 
 
+def test_status_keeps_an_address_on_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from daaswarm.cli.status import render
+
+    monkeypatch.setenv("COLUMNS", "40")
+    address = f"/ip4/127.0.0.1/tcp/12345/p2p/{PEER}"
+    found = {"running": True, "pid": 1, "peer_id": PEER, "data_dir": "/x" * 40, "addrs": [address], "known_peers": []}
+    render({**found, "hosted": [], "models": []}, Output(as_json=False))
+    lines = capsys.readouterr().out.splitlines()
+    assert f"address  {address}" in lines and "folder   " + "/x" * 40 in lines
+
+
 # -- output -------------------------------------------------------------------------------------------------------
 
 
@@ -180,7 +204,7 @@ def test_messages_start_on_a_line_of_their_own(capsys: pytest.CaptureFixture[str
 
 # -- starting -----------------------------------------------------------------------------------------------------
 
-HEAVY = ("torch", "transformers", "libp2p", "safetensors", "accelerate", "numpy", "daaswarm.node")
+HEAVY = ("torch", "transformers", "libp2p", "safetensors", "accelerate", "numpy", "daaswarm.node.life")
 
 
 def get_imports(*arguments: str) -> set[str]:
@@ -197,7 +221,7 @@ def get_imports(*arguments: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["status"], ["--version"], ["init"], ["config", "get"], ["infer", "--help"]]
+    "arguments", [["--help"], ["status"], ["logs"], ["--version"], ["init"], ["config", "get"], ["infer", "--help"]]
 )
 def test_what_needs_no_model_imports_nothing_heavy(arguments: list[str]) -> None:
     imported = get_imports(*arguments)
@@ -206,7 +230,7 @@ def test_what_needs_no_model_imports_nothing_heavy(arguments: list[str]) -> None
 
 def test_help_and_version(ask: Callable[..., str]) -> None:
     shown = ask("--help")
-    for command in ("init", "join", "host-expert", "infer", "status", "bench", "config"):
+    for command in ("init", "join", "host-expert", "infer", "status", "logs", "reset", "bench", "config"):
         assert command in shown
     assert ask("--version") == f"daaswarm {__version__}\n"
     assert "serve-expert" not in ask("bench", "--help")
@@ -231,7 +255,8 @@ def test_a_model_in_this_folder_becomes_a_path(tmp_path: Path, monkeypatch: pyte
 
 
 def test_status_of_a_folder_with_an_odd_name(ask: Callable[..., str], tmp_path: Path) -> None:
-    assert "[/x] :x:" in ask("status", "--data-dir", str(tmp_path / "[/x] :x:")).replace("\n", " ").replace("  ", "")
+    (tmp_path / "[/x] :x:").mkdir(parents=True)
+    assert str(tmp_path / "[/x] :x:") in ask("status", "--data-dir", str(tmp_path / "[/x] :x:"))
 
 
 def test_a_terminal_is_not_steered_by_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ class AdmissionMachine(RuleBasedStateMachine):
     def call(self, peer: str, rows: int, deadline_s: float) -> None:
         every = self.waiting + self.running
         full = len(every) >= 5 or sum(t.peer == peer for t in every) >= 3
-        wait_s = self.admission.expected_wait_s
+        wait_s = self.admission.get_wait_s(PeerId(peer))
         verdict = self.admission.try_admit(PeerId(peer), rows, deadline_s, NOW)
         if full or wait_s > deadline_s / 2:
             assert (
@@ -87,6 +87,7 @@ def test_a_call_is_refused_when_it_would_wait_for_half_of_its_deadline() -> None
     assert admission.next() is ticket
     admission.finish(ticket, 0.1)  # 10 ms a row
     admit(admission, A, rows=100)
+    assert admission.next() is not None
     refused = admission.try_admit(B, 1, 1.5, NOW)
     assert isinstance(refused, Refused) and "deadline" in refused.reason
     assert abs(refused.retry_after_s - 0.25) < 1e-9
@@ -97,6 +98,36 @@ def test_work_that_came_to_nothing_leaves_the_queue_and_teaches_nothing() -> Non
     admission = Admission()
     ticket = admit(admission, A, rows=100)
     admission.finish(ticket)
-    assert admission.next() is None and admission.expected_wait_s == 0
+    assert admission.next() is None and admission.get_wait_s(A) == 0
     admit(admission, A, rows=100)
-    assert admission.expected_wait_s == 0
+    assert admission.get_wait_s(A) == 0
+
+
+def test_a_greedy_peer_makes_nobody_wait_but_itself() -> None:
+    admission = Admission()
+    ticket = admit(admission, A, rows=10)
+    assert admission.next() is ticket
+    admission.finish(ticket, 0.1)  # 10 ms a row
+    for _ in range(100):
+        admit(admission, A, rows=10, deadline_s=30.0)
+    assert admission.next() is not None  # one runs, 99 wait
+    assert abs(admission.get_wait_s(A) - 10.0) < 1e-9
+    assert abs(admission.get_wait_s(B) - 0.2) < 1e-9  # for the one that runs, and one more
+    assert isinstance(admission.try_admit(A, 1, 1.0, NOW), Refused)
+    admit(admission, B, rows=10)
+    assert abs(admission.get_wait_s(B) - 0.4) < 1e-9
+
+
+def test_small_calls_do_not_make_a_large_one_look_endless() -> None:
+    admission = Admission()
+
+    def do(rows: int, service_s: float) -> None:
+        ticket = admit(admission, A, rows)
+        assert admission.next() is ticket
+        admission.finish(ticket, service_s)
+
+    do(4096, 0.04)  # 10 us a row
+    for _ in range(10):
+        do(1, 300e-6)  # what a call costs by itself
+    admit(admission, A, 4096)
+    assert admission.get_wait_s(B) < 0.1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -16,6 +18,7 @@ from daaswarm.core.adverts import (
     format_missing,
     from_bitmap,
     get_missing,
+    rank_dtypes,
     to_bitmap,
 )
 from daaswarm.core.signing import MAX_TTL_S, seal
@@ -172,6 +175,36 @@ def test_the_dtype_covers_most_and_ties_go_to_the_exact() -> None:
     # Replicas of the same expert don't count twice.
     assert choose(make(1, {0: [0, 1]}), make(2, {0: [2]}, dtype="f16"), make(3, {0: [2]}, dtype="f16")) == "f32"
     assert choose(make(1, {0: [0, 1]}), requested="f16") == "f16"
+
+
+def test_one_peer_that_claims_everything_does_not_decide() -> None:
+    layers = {0: 4, 1: 4}
+    every = {0: [0, 1, 2, 3], 1: [0, 1, 2, 3]}
+    halves = [{0: [0, 1, 2, 3]}, {1: [0, 1, 2, 3]}]
+
+    def rank(*adverts: Signed, **more: Any) -> list[str]:
+        book = AdvertBook(SWARM)
+        for signed in adverts:
+            book.put(signed, NOW)
+        return list(rank_dtypes(book.get_adverts(ROOTS[0], NOW), layers, **more))
+
+    honest = [make(n, halves[n % 2], dtype="bf16") for n in range(1, 5)]  # each expert twice
+    assert rank(*honest, make(9, every)) == ["bf16", "f32", "f16"]
+    # One host each: the more exact, and the other is the next to try.
+    assert rank(*honest[:2], make(9, every)) == ["f32", "bf16", "f16"]
+    # The rarest expert counts, and what is incomplete comes last, by how much of it there is.
+    assert rank(*honest[:3], make(8, every), make(9, every), make(7, {0: [1]}, dtype="f16")) == ["f32", "bf16", "f16"]
+    assert rank(make(1, {0: [0]}), make(2, {0: [0, 1]}, dtype="f16"), make(3, every, dtype="bf16")) == [
+        "bf16",
+        "f16",
+        "f32",
+    ]
+    assert rank() == ["f32", "bf16", "f16"]
+    # Hosts past the eighth, or of another kind of model, make nothing safer.
+    nine, eight = [make(n, every, dtype="f16") for n in range(10, 19)], [make(n, every) for n in range(20, 28)]
+    assert rank(*nine, *eight)[0] == "f32" and rank(*nine, *eight[:7])[0] == "f16"
+    others = [make(n, every, dtype="f16", kind="moe") for n in range(30, 34)]
+    assert rank(make(1, every), *others)[0] == "f16" and rank(make(1, every), *others, kind="dense")[0] == "f32"
 
 
 def test_claims_to_experts_that_the_model_lacks_count_for_nothing() -> None:

@@ -143,7 +143,9 @@ def test_republishing_outlives_the_ttl_and_unpublishing_ends_it() -> None:
     publisher.set_contact(Contact(peer_id=publisher.peer_id, addrs=["/ip4/9.9.9.9/tcp/9"]))
     driver.tick(REPUBLISH_S)
     assert driver.lookup(newcomer, KEY).records[0].addrs == ["/ip4/9.9.9.9/tcp/9"]
-    publisher.unpublish(KEY)
+    driver.perform(publisher, publisher.unpublish(KEY, driver.now))
+    assert driver.lookup(newcomer, KEY).records == []  # at once: nobody is pointed there any more
+    assert all(pointer.addrs == [] for node in driver.nodes.values() for pointer, _ in node.store.get(KEY, driver.now))
     for _ in range(4):
         driver.tick(REPUBLISH_S)
     assert driver.lookup(newcomer, KEY).records == []
@@ -163,13 +165,13 @@ def test_publishing_again_at_any_moment_ends_in_the_newest_record() -> None:
     driver = build(4)
     node, other = driver.nodes[make_peer(2)], driver.nodes[make_peer(4)]
     first = node.publish(KEY, driver.now)
-    node.unpublish(KEY)
+    assert node.unpublish(KEY, driver.now) == []  # nobody keeps it yet
     assert node.publish(KEY, driver.now - 5.0) == []  # a clock set back, while the first lookup runs
     driver.done[node.peer_id].clear()
     driver.perform(node, first)
     assert driver.done[node.peer_id] == [PublishDone(key=KEY, stored=3, asked=3)]
     before = driver.lookup(other, KEY).records[0].seq
-    assert before == int(driver.now * 1000) + 1
+    assert before == int(driver.now * 1000) + 2
     driver.publish(node, KEY)
     assert driver.lookup(other, KEY).records[0].seq == before + 1
 

@@ -206,3 +206,19 @@ def test_now_and_then_a_replica_that_is_left_out_is_heard_again_unless_far_or_fa
     failing = make(a=100e-6, b=400e-6)
     failing.note_failure(B, NOW)
     assert count_b(failing) == 0
+
+
+def test_a_retry_goes_to_a_peer_that_has_answered_before() -> None:
+    router = make(a=20e-6, b=500e-6)
+    newcomers = [PeerId(f"new-{n}") for n in range(20)]
+    candidates = held_by(A, B, *newcomers)
+    assert not {A, B} & router.choose(0, SLICES, candidates, NOW, {A}).keys()
+    assert router.choose(0, SLICES, candidates, NOW, {A}, is_retry=True).keys() == {B}
+    router.note_failure(B, NOW)  # one that cools down isn't better than a newcomer
+    assert not {A, B} & router.choose(0, SLICES, candidates, NOW, {A}, is_retry=True).keys()
+    for peer in newcomers:
+        router.note_failure(peer, NOW)
+    assert router.choose(0, SLICES, candidates, NOW, {A}, is_retry=True).keys() == {B}
+    # A peer that nobody else can replace is used, known or not.
+    alone = {**held_by(A, B, experts=7), 7: [newcomers[0]]}
+    assert router.choose(0, SLICES, alone, NOW, {A}, is_retry=True) == {B: list(range(7)), newcomers[0]: [7]}

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from swarm_driver import NOW, SWARM, make_key, make_peer
 
+from daaswarm import messages
 from daaswarm.core.signing import (
     CLOCK_SKEW_S,
     MAX_TTL_S,
@@ -23,7 +24,7 @@ from daaswarm.core.signing import (
     sign,
 )
 from daaswarm.errors import ConfigError, RemoteProtocolError
-from daaswarm.messages import Pointer
+from daaswarm.messages import Pointer, Signed
 
 KEY = make_key(1)
 PUBLIC = bytes(KEY.verify_key)
@@ -127,3 +128,16 @@ def test_handshake_payload_covers_each_part() -> None:
 
 def test_swarm_ids_differ_by_name() -> None:
     assert len(get_swarm_id("main")) == 32 and get_swarm_id("main") != get_swarm_id("Main")
+
+
+@pytest.mark.parametrize("value", [b"\x91" * 3_000 + b"\x00", b"\xa1\xff"])
+def test_what_makes_the_decoder_raise_other_errors_is_refused_like_other_garbage(value: bytes) -> None:
+    fields = msgspec.msgpack.decode(messages.encode(POINTER))
+    head = bytes([0x80 | len(fields) + 1])
+    for name in (b"\xa4more", b"\xa7peer_id"):  # an unknown field, and text that isn't text
+        payload = head + messages.encode(POINTER)[1:] + name + value
+        signed = Signed(public_key=PUBLIC, signature=sign(KEY, "pointer", SWARM, payload), payload=payload)
+        if name == b"\xa4more" and value == b"\xa1\xff":
+            continue  # skipped without being looked at
+        with pytest.raises(RemoteProtocolError, match="undecodable"):
+            open_signed(signed, Pointer, "pointer", SWARM)

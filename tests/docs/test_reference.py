@@ -44,7 +44,7 @@ def test_every_command_and_flag_is_described(name: str, command: Any) -> None:
     assert (command.help or "").split("Example:")[0].strip(), f"daaswarm {name} has no description"
     assert "Example:" in command.help, f"daaswarm {name} has no example"
     for param in [*reference.get_arguments(command), *reference.get_options(command)]:
-        is_named = param.param_type_name == "argument" or all(name.startswith("--") for name in param.opts)
+        is_named = param.param_type_name == "argument" or any(name.startswith("--") for name in param.opts)
         assert is_named, param.opts
         assert reference.get_help(name, param), f"daaswarm {name} {param.opts[0]} is not described"
 
@@ -94,10 +94,15 @@ def get_result_keys(module: str, function: str) -> set[str]:
     ("module", "function"),
     [
         ("inference/requester", "describe"),
-        ("node", "get_status"),
-        ("node", "host"),
-        ("node", "infer"),
+        ("node/coordinator", "get_status"),
+        ("node/coordinator", "serve"),
+        ("node/hosting", "describe"),
+        ("node/hosting", "serve"),
+        ("node/answering", "answer"),
         ("cli/init", "init"),
+        ("cli/logs", "logs"),
+        ("cli/logs", "show"),
+        ("cli/reset", "reset"),
         ("bench/parity", "run_parity"),
         ("bench/expert_calls", "run_expert_calls"),
     ],

@@ -98,7 +98,7 @@ def test_hosting_on_a_running_node(tiny: Tiny, moe: Path) -> None:
         assert ready["bytes_read"] == ready["bytes_held"] == 8 * size
 
         status = run_json("status", "--data-dir", tiny.joined)
-        assert status["running"] and status["peer_id"] == ready["peer_id"]
+        assert status["running"] and status["peer_id"] == ready["peer_id"] and status["tasks"] > 10
         assert [(m["root"], m["held"]) for m in status["hosted"]] == [(ready["model_root"], ready["held"])]
         assert len(status["known_peers"]) >= 2
 
@@ -115,6 +115,11 @@ def test_hosting_on_a_running_node(tiny: Tiny, moe: Path) -> None:
 def test_what_a_running_swarm_refuses(tiny: Tiny, tmp_path: Path) -> None:
     again = run_json("join", "--data-dir", tiny.joined, code=2)
     assert "a node already runs" in again["error"]["message"]
+    for option in ("--listen", "--announce"):
+        for command in (["infer", "Hi", "--model", tiny.model], ["host-expert", tiny.model]):
+            given = [*command, "--listen", "/ip4/127.0.0.1/tcp/0"][: len(command) + 2 * (option == "--announce")]
+            said = run_json(*given, option, "/ip4/127.0.0.1/tcp/0", "--data-dir", tiny.joined, code=2)
+            assert "has no meaning here: a node runs on" in said["error"]["message"]
     wrong = tiny.bootstrap.rpartition("/")[0] + "/" + SOMEONE
     said = run_json("join", "--bootstrap", wrong, "--data-dir", str(tmp_path), code=2)
     assert SOMEONE in said["error"]["message"] and tiny.bootstrap.rpartition("/")[2] in said["error"]["message"]

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from daaswarm.errors import Busy, ConfigError, ExpertError, RemoteProtocolError, TooLarge
 from daaswarm.experts import service as service_module
-from daaswarm.experts.service import INLINE_PAIRS, INLINE_ROWS, ExpertService, HostedModel
+from daaswarm.experts.service import CALL_ROWS, INLINE_PAIRS, INLINE_ROWS, ExpertService, HostedModel
 from daaswarm.inference.swarm_experts import as_bytes
 from daaswarm.messages import ExpertCall, ExpertReply, Request, encode, get_decoder
 from daaswarm.types import ModelRoot, PeerId
@@ -130,13 +130,37 @@ def test_large_calls_are_left_to_the_thread() -> None:
     assert layer.threads == []
 
 
+def test_what_a_call_announces_bounds_what_is_computed_inline() -> None:
+    service, layer = make_service("moe")
+    layer.nbytes = 3 * service_module.INLINE_BYTES  # one expert is all that may be touched
+    assert service.serve_inline(ME, *make_call(ROWS, [(0, 0, 1.0)])) is not None
+    call, body = make_call(ROWS, [(0, 0, 1.0), (0, 1, 1.0), (1, 5, 1.0)], experts=[0])
+    with pytest.raises(RemoteProtocolError, match="outside the call"):
+        service.serve_inline(ME, call, body)
+    # Nor may one expert be named once for each of 256 pairs.
+    assert service.serve_inline(ME, *make_call(ROWS, [(0, 0, 1.0)] * INLINE_ROWS)) is not None
+    assert service.serve_inline(ME, *make_call(ROWS, [(0, 0, 1.0)] * (INLINE_ROWS + 1))) is None
+    assert len(layer.threads) == 2
+
+
+def test_a_layer_that_is_being_removed_is_not_held() -> None:
+    for lacking in ("layers", "ids"):
+        service, _ = make_service("dense")
+        getattr(service.models[ROOT, "f32"], lacking).pop(2)
+        with pytest.raises(ExpertError, match="layer 2: experts 0-1 are not held"):
+            service.compute(*make_call(ROWS))
+
+
 MALFORMED = [
     ("dense", {"model_root": "cd" * 32}, ExpertError, "is not held here"),
     ("dense", {"dtype": "f16"}, ExpertError, "in f16 is not held"),
     ("dense", {"layer": 3}, ExpertError, "layer 3: experts 0-1 are not held"),
     ("dense", {"experts": [0, 2, 3]}, ExpertError, "experts 2-3 are not held"),
     ("dense", {"rows": 1}, RemoteProtocolError, "don't fit"),
-    ("dense", {"rows": 65_536}, RemoteProtocolError, "don't fit"),
+    ("dense", {"rows": CALL_ROWS}, RemoteProtocolError, "don't fit"),
+    ("dense", {"rows": CALL_ROWS + 1}, TooLarge, "4097 rows; 4096 are allowed"),
+    ("dense", {"experts": [0, 1, 0]}, RemoteProtocolError, "an expert twice"),
+    ("moe", {"experts": [0, 0, 1]}, RemoteProtocolError, "an expert twice"),
     ("dense", {"hidden": 2, "rows": 3}, RemoteProtocolError, "of width 3"),
     ("dense", {"pairs": 1}, RemoteProtocolError, "don't fit a dense model"),
     ("moe", {"pairs": 0}, RemoteProtocolError, "don't fit a moe model"),
@@ -179,11 +203,11 @@ def test_a_pair_that_names_what_is_not_there(pair: tuple[int, int, float]) -> No
 
 
 def test_more_pairs_than_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_module, "PAIRS_BYTES", 4 * HIDDEN * 10)
+    monkeypatch.setattr(service_module, "PAIRS_BYTES", 4 * HIDDEN * 4)
     service, _ = make_service("moe")
-    assert service.serve_inline(ME, *make_call(ROWS, [(0, 0, 1.0)] * 10)) is not None
-    with pytest.raises(TooLarge, match="11 pairs; 10 of this width"):
-        service.serve_inline(ME, *make_call(ROWS, [(0, 0, 1.0)] * 11))
+    assert service.serve_inline(ME, *make_call(ROWS, [(0, 0, 1.0)] * 4)) is not None
+    with pytest.raises(TooLarge, match="5 pairs; 4 of this width"):
+        service.serve_inline(ME, *make_call(ROWS, [(0, 0, 1.0)] * 5))
 
 
 def test_the_wire_allows_neither_zero_rows_nor_zero_experts() -> None:
@@ -212,6 +236,52 @@ async def test_a_queued_call_is_computed_in_another_thread() -> None:
     reply, parts = await service.serve(ME, call, body, 5.0)
     assert torch.equal(read(reply, parts), rows * 2)
     assert layer.threads and layer.threads[0] != threading.get_ident()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 6])
+async def test_blocks_give_the_same_sums(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(rows))
+    pairs = [(row, expert, 0.5 + row + expert) for expert in (5, 0, 1) for row in range(0, rows, 2)] + [(0, 0, 1.0)] * 4
+    wanted = [make_service("dense")[0].compute(*make_call(values))]
+    wanted.append(make_service("moe")[0].compute(*make_call(values, pairs)))
+    monkeypatch.setattr(service_module, "BLOCK_ROWS", 2)
+    monkeypatch.setattr(service_module, "BLOCK_PAIRS", 3)
+    for kind, whole in zip(("dense", "moe"), wanted, strict=True):
+        service, layer = make_service(kind)
+        call, body = make_call(values, pairs if kind == "moe" else None)
+        torch.testing.assert_close(read(*await service.serve(ME, call, body, 5.0)), read(*whole))
+        assert len(layer.threads) >= (rows + 1) // 2
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+async def test_a_call_given_up_ends_within_a_block(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "BLOCK_ROWS", 2)
+    service, layer = make_service(kind)
+    layer.gate = threading.Event()
+    call, body = make_call(torch.ones(64, HIDDEN), [(row, 0, 1.0) for row in range(64)] if kind == "moe" else None)
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(service.serve, ME, call, body, 30.0)
+            while not layer.threads:  # noqa: ASYNC110 - a thread sets it
+                await trio.sleep(0.001)
+            nursery.cancel_scope.cancel()
+            layer.gate.set()
+    assert len(layer.threads) == 1
+    await service.serve(ME, *make_call(ROWS, [(0, 0, 1.0)] if kind == "moe" else None), 5.0)
+
+
+async def test_trios_own_threads_may_all_be_taken() -> None:
+    service, _ = make_service("dense")
+    limiter = trio.to_thread.current_default_thread_limiter()
+    borrowers = [object() for _ in range(int(limiter.available_tokens))]
+    for borrower in borrowers:
+        limiter.acquire_on_behalf_of_nowait(borrower)
+    try:
+        with trio.fail_after(5):
+            await service.serve(ME, *make_call(ROWS), 5.0)
+    finally:
+        for borrower in borrowers:
+            limiter.release_on_behalf_of(borrower)
 
 
 async def test_one_at_a_time_and_peers_take_turns(blocked: tuple[ExpertService, ScaledLayer]) -> None:

@@ -11,7 +11,7 @@ import trio
 
 from daaswarm.core.router import ReplicaRouter
 from daaswarm.errors import RemoteProtocolError
-from daaswarm.experts.service import ExpertService, HostedModel
+from daaswarm.experts.service import ExpertService, HostedModel, Layer
 from daaswarm.inference.plan import HostPlan
 from daaswarm.inference.swarm_experts import SwarmExperts
 from daaswarm.messages import Contact, ExpertCall, Reply, Request
@@ -35,7 +35,7 @@ class Host:
         self.calls: list[ExpertCall] = []
         self.behave: Behaviour | None = None
         self.service = ExpertService()
-        layers = dict(load_experts(model, held, dtype))
+        layers: dict[int, Layer] = dict(load_experts(model, held, dtype))
         self.service.add(HostedModel(model.root, model.name, model.kind, model.hidden, dtype, layers))
         self.pool: ConnectionPool
 

@@ -15,13 +15,15 @@ import trio
 from daaswarm.core.adverts import Known, to_bitmap
 from daaswarm.core.router import ReplicaRouter
 from daaswarm.errors import ConfigError, ModelError, NoPeerCouldServe, unwrap_groups
-from daaswarm.inference.generation import Prompt, encode_prompt
 from daaswarm.inference.plan import HostPlan, make_plan
+from daaswarm.inference.prompt import Prompt, encode_prompt
 from daaswarm.inference.requester import TRUNKS, Requester, SharedRouter
+from daaswarm.inference.sequence import Sampling
 from daaswarm.inference.swarm_experts import Stopped
 from daaswarm.messages import Advert, ExpertCall, Signed
 from daaswarm.models.sources import LocalModel, find_model, ignore_progress
 from daaswarm.models.trunk import load_reference, load_tokenizer
+from daaswarm.net.scope import open_service_nursery
 from daaswarm.types import ExpertId, PeerId
 from tests.inference.swarm_in_memory import Host, Swarm, open_swarm
 
@@ -41,7 +43,7 @@ def reference(model: LocalModel) -> Any:
 
 def get_reference_text(reference: Any, model: LocalModel, prompt: str) -> str:
     tokenizer: Any = load_tokenizer(model)
-    ids = encode_prompt(Prompt(prompt), tokenizer, "m")
+    ids = torch.tensor([encode_prompt(Prompt(prompt), tokenizer, "m")])
     with torch.inference_mode():
         made = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False)
     return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
@@ -50,11 +52,11 @@ def get_reference_text(reference: Any, model: LocalModel, prompt: str) -> str:
 class Asking:
     """A requester on a swarm, and what it emitted."""
 
-    def __init__(self, swarm: Swarm) -> None:
+    def __init__(self, swarm: Swarm, nursery: trio.Nursery) -> None:
         self.swarm = swarm
         self.plan = swarm.make_plan()
         self.refreshed: HostPlan | None = None
-        self.requester = Requester(swarm.requester, self.find_hosts, call_timeout_s=10.0)
+        self.requester = Requester(swarm.requester, self.find_hosts, nursery, call_timeout_s=10.0)
         self.pieces: list[str] = []
 
     async def find_hosts(self, model: LocalModel, dtype: Any) -> HostPlan:
@@ -66,15 +68,16 @@ class Asking:
             (self.pieces if pieces is None else pieces).append(event["text"])
 
         trunk = await self.requester.load(self.swarm.model, "f32", ignore_progress)
-        prompt = Prompt(text, **{"max_tokens": TOKENS, **changes})
+        sampling = Sampling(max_tokens=changes.pop("max_tokens", TOKENS))
+        prompt = Prompt(text, sampling=sampling, **changes)
         with trio.fail_after(30), unwrap_groups():
             return await self.requester.answer(self.swarm.model, trunk, self.plan, prompt, emit)
 
 
 @asynccontextmanager
 async def asking(model: LocalModel, *held: dict[int, list[int]]) -> AsyncIterator[Asking]:
-    async with open_swarm(model, *held) as swarm:
-        yield Asking(swarm)
+    async with open_swarm(model, *held) as swarm, open_service_nursery() as nursery:
+        yield Asking(swarm, nursery)
 
 
 async def test_an_answer(model: LocalModel, reference: Any) -> None:
@@ -128,6 +131,38 @@ async def test_a_host_lost_without_a_replica(model: LocalModel, reference: Any) 
         assert info.value.text and text.startswith(info.value.text) and info.value.text == "".join(its.pieces)
 
 
+async def test_a_host_found_in_the_middle_is_connected(model: LocalModel, reference: Any) -> None:
+    async with asking(model, *HALVES, HALVES[1]) as its:
+        _, lost, late = its.swarm.hosts
+        its.plan, its.refreshed = its.swarm.make_plan(its.swarm.hosts[:2]), its.swarm.make_plan()
+        await its.swarm.requester.disconnect(late.pool.peer_id, "not met yet")
+
+        async def die(host: Host, call: ExpertCall, body: memoryview) -> Any:
+            its.swarm.kill(host)
+            await trio.sleep_forever()
+
+        lost.behave = die
+        answer = await its.ask("Hello")
+        assert answer["text"] == get_reference_text(reference, model, "Hello") and answer["retries"] >= 1
+        assert late.pool.peer_id in {host["peer_id"] for host in answer["hosts"]}
+
+
+async def test_an_answer_needs_none_of_trios_own_threads(model: LocalModel) -> None:
+    async with asking(model, *HALVES) as its:
+        trunk = await its.requester.load(model, "f32", ignore_progress)
+        limiter = trio.to_thread.current_default_thread_limiter()
+        borrowers = [object() for _ in range(int(limiter.available_tokens))]
+        for borrower in borrowers:
+            limiter.acquire_on_behalf_of_nowait(borrower)
+        try:
+            with trio.fail_after(10):
+                experts = its.requester.make_experts(model, its.plan)
+                await its.requester.run_model(experts, lambda: trunk.model(torch.tensor([[5, 6]])), experts.cancel)
+        finally:
+            for borrower in borrowers:
+                limiter.release_on_behalf_of(borrower)
+
+
 async def test_what_is_missing_is_said_before_anything_is_computed(model: LocalModel) -> None:
     async with asking(model, HALVES[0]) as its:
         with pytest.raises(NoPeerCouldServe, match=r"experts 4-7 \(1 host found\)") as info:
@@ -153,10 +188,7 @@ async def test_cancelling_an_answer_ends_its_thread(model: LocalModel) -> None:
         await its.ask("Hello")  # the next one is not hurt
 
 
-async def test_a_slow_reader_holds_up_the_model_and_can_still_leave(
-    model: LocalModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("daaswarm.inference.requester.TEXT_BACKLOG", 1)
+async def test_a_slow_reader_holds_up_nobody(model: LocalModel, reference: Any) -> None:
     async with asking(model, *HALVES) as its:
         trunk = await its.requester.load(model, "f32", ignore_progress)
         stuck = trio.Event()
@@ -167,10 +199,12 @@ async def test_a_slow_reader_holds_up_the_model_and_can_still_leave(
 
         with trio.fail_after(10):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(its.requester.answer, model, trunk, its.plan, Prompt("Hello", max_tokens=200), emit)
+                slow = Prompt("Hello", sampling=Sampling(max_tokens=200))
+                nursery.start_soon(its.requester.answer, model, trunk, its.plan, slow, emit)
                 await stuck.wait()
-                await trio.sleep(0.1)
+                answer = await its.ask("One")
                 nursery.cancel_scope.cancel()
+        assert answer["text"] == get_reference_text(reference, model, "One")
 
 
 async def test_a_prompt_that_does_not_fit(model: LocalModel) -> None:
@@ -187,7 +221,7 @@ async def test_stopped_is_raised_in_the_thread_of_a_cancelled_answer(model: Loca
         experts.cancel()
         trunk = await its.requester.load(model, "f32", ignore_progress)
         with pytest.raises(Stopped):
-            await its.requester.run(experts, lambda: trunk.model(torch.tensor([[5, 6]])))
+            await its.requester.run_model(experts, lambda: trunk.model(torch.tensor([[5, 6]])), experts.cancel)
 
 
 async def test_trunks_are_kept_and_the_oldest_goes(model: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +12,18 @@ import pytest
 import torch
 import trio
 
-from daaswarm.errors import Busy, ConfigError, DaaswarmError, ExpertError, NoPeerCouldServe, TooLarge
+from daaswarm.errors import (
+    Busy,
+    ConfigError,
+    DaaswarmError,
+    ExpertError,
+    LocalProtocolError,
+    NoPeerCouldServe,
+    TooLarge,
+)
 from daaswarm.inference import swarm_experts
-from daaswarm.inference.swarm_experts import ROWS_PER_CALL, Share, Stopped, SwarmExperts, make_pair_share
+from daaswarm.inference.shares import Share, make_pair_share
+from daaswarm.inference.swarm_experts import REPLICA_PATIENCE_S, ROWS_PER_CALL, Stopped, SwarmExperts, as_bytes
 from daaswarm.messages import ExpertCall, ExpertReply, Pong, Reply
 from daaswarm.models.experts import load_experts
 from daaswarm.models.sources import LocalModel, find_model
@@ -202,6 +212,17 @@ def send_another_message(host: Host, call: ExpertCall) -> tuple[Reply, Sequence[
     return Pong(), []
 
 
+def send_nan(host: Host, call: ExpertCall) -> tuple[Reply, Sequence[Any]]:
+    sums = torch.zeros(call.rows, call.hidden)
+    sums[-1, -1] = float("nan")
+    return ExpertReply(rows=call.rows, hidden=call.hidden), [as_bytes(sums)]
+
+
+def send_infinity(host: Host, call: ExpertCall) -> tuple[Reply, Sequence[Any]]:
+    sums = torch.full((call.rows, call.hidden), float("-inf"))
+    return ExpertReply(rows=call.rows, hidden=call.hidden), [as_bytes(sums)]
+
+
 def fail(host: Host, call: ExpertCall) -> tuple[Reply, Sequence[Any]]:
     raise ExpertError("out of memory")
 
@@ -222,6 +243,8 @@ def refuse_the_size(host: Host, call: ExpertCall) -> tuple[Reply, Sequence[Any]]
         send_too_little,
         send_nothing,
         send_another_message,
+        send_nan,
+        send_infinity,
         fail,
         blame_the_user,
         refuse_the_size,
@@ -335,6 +358,229 @@ async def test_the_deadline_of_a_call_without_a_replica(moe_model: LocalModel) -
             await compute(swarm.make_experts(call_timeout_s=0.1), 0, make_inputs(moe_model, 3))
 
 
+class Recorder:
+    """Sees the calls that a requester submits; ``before`` may refuse one."""
+
+    def __init__(self, swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.deadlines: list[float] = []
+        self.before: Any = lambda number: None
+        self.wrap: Any = lambda pending: pending
+        submit = swarm.requester.submit
+
+        def record(*args: Any, deadline_s: float) -> Any:
+            self.deadlines.append(deadline_s)
+            self.before(len(self.deadlines))
+            return self.wrap(submit(*args, deadline_s=deadline_s))
+
+        monkeypatch.setattr(swarm.requester, "submit", record)
+
+
+class Pauses(threading.Event):
+    """Notes how long somebody would have waited, and doesn't."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        self.seconds.append(timeout)
+        return self.is_set()
+
+
+async def test_large_but_finite_sums_are_no_fault(moe_model: LocalModel) -> None:
+    async def be_large(host: Host, call: ExpertCall, body: memoryview) -> Any:
+        return ExpertReply(rows=call.rows, hidden=call.hidden), [as_bytes(torch.full((call.rows, call.hidden), 3e38))]
+
+    async with open_swarm(moe_model, all_of(moe_model, [0])) as swarm:
+        swarm.hosts[0].behave = be_large
+        experts = swarm.make_experts()
+        assert (await compute(experts, 0, make_inputs(moe_model, 3)) == 3e38).all() and experts.retries == 0
+
+
+@pytest.mark.parametrize("where", ["rows", "weights"])
+async def test_no_host_is_blamed_for_what_was_not_finite_before(moe_model: LocalModel, where: str) -> None:
+    async with open_swarm(moe_model, all_of(moe_model, [0])) as swarm:
+        rows, index, weights = make_inputs(moe_model, 3)
+        assert weights is not None
+        (rows if where == "rows" else weights)[1, 0] = float("nan")
+        experts = swarm.make_experts()
+        sums = await compute(experts, 0, (rows, index, weights))
+        assert sums[1].isnan().any() and sums[[0, 2]].isfinite().all() and experts.retries == 0
+
+
+async def test_a_host_that_others_replace_only_in_part_has_all_its_time(
+    moe_model: LocalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_swarm(moe_model, all_of(moe_model, [0]), {0: [0]}) as swarm:
+        recorder = Recorder(swarm, monkeypatch)
+        experts = swarm.make_experts()
+        inputs = make_inputs(moe_model, 9)
+        whole, part = (host.pool.peer_id for host in swarm.hosts)
+        share = Share(list(range(8)), inputs[0], None)
+        assert experts._get_deadline_s(0, whole, share) == 10.0  # experts 1 to 7 have nobody else
+        assert experts._get_deadline_s(0, whole, share.restrict([0])) == REPLICA_PATIENCE_S
+        assert experts._get_deadline_s(0, part, share.restrict([0])) == REPLICA_PATIENCE_S
+        for left_out in ("failed", "busy"):
+            alone = share.restrict([0])
+            getattr(alone, left_out).add(part)
+            assert experts._get_deadline_s(0, whole, alone) == 10.0
+        await compute(experts, 0, inputs)
+        assert 10.0 in recorder.deadlines
+
+
+async def test_after_asking_the_swarm_again_hosts_have_all_their_time(
+    moe_model: LocalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail_once(host: Host, call: ExpertCall, body: memoryview) -> Any:
+        host.behave = None
+        raise ExpertError("just now")
+
+    async with open_swarm(moe_model, all_of(moe_model, [0]), all_of(moe_model, [0])) as swarm:
+        for host in swarm.hosts:
+            host.behave = fail_once
+        recorder = Recorder(swarm, monkeypatch)
+        await compute(swarm.make_experts(), 0, (make_inputs(moe_model, 1)))
+        assert swarm.refreshes == 1 and recorder.deadlines[0] < 10.0 and recorder.deadlines[-1] == 10.0
+
+
+async def test_parts_that_fail_together_ask_the_swarm_once(moe_model: LocalModel) -> None:
+    async def fail_once(host: Host, call: ExpertCall, body: memoryview) -> Any:
+        host.behave = None
+        raise ExpertError("just now")
+
+    async with open_swarm(moe_model, *({0: [n, n + 4]} for n in range(4))) as swarm:
+        for host in swarm.hosts:
+            host.behave = fail_once
+        experts, inputs = swarm.make_experts(), make_inputs(moe_model, 40)
+        assert_same(await compute(experts, 0, inputs), compute_here(moe_model, 0, inputs))
+        assert (experts.retries, swarm.refreshes) == (4, 1)
+
+
+async def test_busy_hosts_are_waited_for_once_and_together(moe_model: LocalModel) -> None:
+    async def refuse_once(host: Host, call: ExpertCall, body: memoryview) -> Any:
+        host.behave = None
+        raise Busy("full", retry_after_s=0.25 if host is swarm.hosts[0] else 0.5)
+
+    async with open_swarm(moe_model, {0: [0, 1]}, {0: [2, 3]}, {0: [4, 5, 6, 7]}) as swarm:
+        for host in swarm.hosts[:2]:
+            host.behave = refuse_once
+        experts, inputs = swarm.make_experts(), make_inputs(moe_model, 40)
+        experts.stop = pauses = Pauses()
+        assert_same(await compute(experts, 0, inputs), compute_here(moe_model, 0, inputs))
+        assert pauses.seconds == [0.5]
+
+
+async def test_a_busy_host_cannot_hold_an_answer_for_long(moe_model: LocalModel) -> None:
+    async def refuse(host: Host, call: ExpertCall, body: memoryview) -> Any:
+        raise Busy("full", retry_after_s=25.0)
+
+    async with open_swarm(moe_model, all_of(moe_model, [0])) as swarm:
+        swarm.hosts[0].behave = refuse
+        experts = swarm.make_experts(call_timeout_s=5.0)
+        experts.stop = pauses = Pauses()
+        with pytest.raises(NoPeerCouldServe):
+            await compute(experts, 0, make_inputs(moe_model, 3))
+        assert max(pauses.seconds) == swarm_experts.BUSY_WAIT_S and sum(pauses.seconds) == 5.0
+        assert experts.retries == len(pauses.seconds) + 2  # before and after asking the swarm again
+
+
+@pytest.mark.parametrize("error", [TooLarge("ours"), LocalProtocolError("ours")])
+async def test_what_goes_wrong_here_ends_the_calls_under_way(
+    moe_model: LocalModel, error: DaaswarmError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = trio.Event()
+
+    async def be_silent(host: Host, call: ExpertCall, body: memoryview) -> Any:
+        try:
+            await trio.sleep_forever()
+        finally:
+            told.set()
+
+    async with open_swarm(moe_model, {0: [0, 1, 2, 3]}, {0: [4, 5, 6, 7]}) as swarm:
+        for host in swarm.hosts:
+            host.behave = be_silent
+        recorder = Recorder(swarm, monkeypatch)
+
+        def refuse_the_second(number: int) -> None:
+            if number == 2:
+                while not any(host.calls for host in swarm.hosts):
+                    time.sleep(0.001)  # the first is being computed
+                raise error
+
+        recorder.before = refuse_the_second
+        experts = swarm.make_experts()
+        with pytest.raises(type(error), match="ours"):
+            await compute(experts, 0, make_inputs(moe_model, 9))
+        with trio.fail_after(5):
+            await told.wait()
+        assert experts._in_flight == [] and experts.retries == 0 and swarm.refreshes == 0
+
+
+async def test_nobody_left_for_one_part_ends_the_calls_for_the_others(moe_model: LocalModel) -> None:
+    told = trio.Event()
+    refused = 0
+
+    async def fail(host: Host, call: ExpertCall, body: memoryview) -> Any:
+        nonlocal refused
+        refused += 1
+        raise ExpertError("no")
+
+    async def fail_then_be_silent(host: Host, call: ExpertCall, body: memoryview) -> Any:
+        if len(host.calls) == 1:
+            raise ExpertError("not yet")
+        try:
+            await trio.sleep_forever()
+        finally:
+            told.set()
+
+    async with open_swarm(moe_model, {0: [0, 1, 2, 3]}, {0: [4, 5, 6, 7]}) as swarm:
+        # Shares are routed in the order of PeerIds: the first one's call is under way when the second finds nobody.
+        first, second = sorted(swarm.hosts, key=lambda host: host.pool.peer_id)
+        first.behave, second.behave = fail_then_be_silent, fail
+        experts = swarm.make_experts(refreshed=swarm.make_plan([first]))
+        with pytest.raises(NoPeerCouldServe):
+            await compute(experts, 0, make_inputs(moe_model, 9))
+        with trio.fail_after(5):
+            await told.wait()
+        assert refused == 1
+
+
+async def test_after_a_failure_the_router_is_told_so(moe_model: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(host: Host, call: ExpertCall, body: memoryview) -> Any:
+        raise ExpertError("no")
+
+    async with open_swarm(moe_model, *[all_of(moe_model, [0])] * 3) as swarm:
+        for host in swarm.hosts:
+            host.behave = fail
+        experts = swarm.make_experts()
+        retries: list[bool] = []
+        choose = experts._router.choose
+
+        def record(*args: Any, is_retry: bool) -> Any:
+            retries.append(is_retry)
+            return choose(*args, is_retry=is_retry)
+
+        monkeypatch.setattr(experts._router, "choose", record)
+        with pytest.raises(NoPeerCouldServe):
+            await compute(experts, 0, make_inputs(moe_model, 1))
+        assert not retries[0] and all(retries[1:]) and len(retries) > 3
+
+
+async def test_a_host_is_charged_for_its_own_time_only(moe_model: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Answered:
+        latency_s = 0.125
+
+        def __init__(self, pending: Any) -> None:
+            self.wait, self.cancel = pending.wait, pending.cancel
+
+    async with open_swarm(moe_model, all_of(moe_model, [0])) as swarm:
+        Recorder(swarm, monkeypatch).wrap = Answered
+        experts = swarm.make_experts()
+        await compute(experts, 0, make_inputs(moe_model, 3))
+        assert [use.latencies_s for use in experts.hosts.values()] == [[0.125]]
+
+
 # -- giving up ----------------------------------------------------------------------------------------------------
 
 
@@ -400,8 +646,8 @@ def test_a_part_of_a_share_carries_the_rows_it_needs() -> None:
         torch.tensor([0, 1, 1, 3]),
         torch.tensor([1, 2, 3, 2]),
         torch.tensor([0.1, 0.2, 0.3, 0.4]),
-        {PeerId("x")},
     )
+    share.failed.add(PeerId("x"))
     assert share.into is not None and share.into.tolist() == [0, 1, 3] and share.pair_rows is not None
     assert share.pair_rows.tolist() == [0, 1, 1, 2]
     assert share.get_demand() == {1: 1, 2: 2, 3: 1}

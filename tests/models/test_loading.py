@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from daaswarm.errors import ExpertError, ModelError
 from daaswarm.models.checkpoint import Checkpoint, read_header
 from daaswarm.models.experts import load_experts, read_experts
-from daaswarm.models.manifest import MANIFEST_NAME, load_manifest
+from daaswarm.models.manifest_file import MANIFEST_NAME, load_manifest
 from daaswarm.models.sources import find_model, list_models
 from daaswarm.models.trunk import load_tokenizer, load_trunk
 from daaswarm.testing.checkpoints import make_tiny_checkpoint
@@ -176,7 +176,7 @@ def test_a_damaged_manifest_is_refused(copy: Callable[[str], Path], tmp_path: Pa
     path = folder / MANIFEST_NAME
     data = path.read_bytes()
     assert load_manifest(path) == model.manifest
-    leaf = model.manifest.entries[0].leaves[0]
+    leaf = model.manifest.entries[0].hashes[0]
     for bad in (data[:-5], b"", b"\xc1" * 20, data.replace(leaf, bytes(32))):
         path.write_bytes(bad)
         with pytest.raises(ModelError, match=MANIFEST_NAME):

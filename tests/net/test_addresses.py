@@ -4,7 +4,7 @@ import pytest
 from net_helpers import get_identity
 
 from daaswarm.errors import ConfigError
-from daaswarm.net.addresses import Address, get_announce_addrs, parse_address, parse_contact
+from daaswarm.net.addresses import Address, get_announce_addrs, get_origin, parse_address, parse_contact
 
 PEER = get_identity(1).peer_id
 
@@ -61,3 +61,9 @@ def test_announce():
     assert f"/ip4/127.0.0.1/tcp/4001/p2p/{PEER}" in anywhere and not any("0.0.0.0" in addr for addr in anywhere)
     with pytest.raises(ConfigError, match="this node is"):
         get_announce_addrs(bound, [f"/ip4/192.0.2.7/tcp/1/p2p/{get_identity(2).peer_id}"], PEER)
+
+
+def test_one_machine_is_one_origin():
+    assert get_origin("192.0.2.7") == get_origin("::ffff:192.0.2.7") == "192.0.2.7"
+    assert get_origin("2001:db8::1") == get_origin("2001:db8::ffff:1%eth0") != get_origin("2001:db8:0:1::1")
+    assert get_origin("::1") != get_origin("2001:db8::1")

@@ -80,9 +80,17 @@ def test_bad_certificates_are_refused_by_name(der, why):
         get_certified_peer_id(der)
 
 
+@pytest.mark.filterwarnings("ignore:Parsed a serial number")  # that one was made negative
 @given(st.integers(0, len(OURS.der) - 1), st.integers(1, 255))
 def test_no_changed_byte_gives_another_peer(at, xor):
     der = bytearray(OURS.der)
     der[at] ^= xor
     with pytest.raises(RemoteProtocolError):
         get_certified_peer_id(bytes(der))
+
+
+def test_a_version_that_does_not_exist_is_refused():
+    version = bytes.fromhex("a003020102")  # [0] { INTEGER 2 }: X.509 v3
+    assert OURS.der.count(version) == 1
+    with pytest.raises(RemoteProtocolError):
+        get_certified_peer_id(OURS.der.replace(version, bytes.fromhex("a003020107")))

@@ -6,11 +6,14 @@ import pytest
 import trio
 from net_helpers import get_call, get_identity, serve
 
+from daaswarm import messages
 from daaswarm.errors import ConnectionLost, DaaswarmError, DeadlineExceeded, ExpertError, Unreachable
-from daaswarm.messages import ExpertCall, ExpertReply, FindNode, Found, Ping
+from daaswarm.limits import CALLS_PER_PEER
+from daaswarm.messages import ExpertCall, ExpertReply, FindNode, Found, Ping, Store
 from daaswarm.net.carrier import open_memory_pair
 from daaswarm.net.connection import Connection
 from daaswarm.net.dataplane import open_tcp_network
+from daaswarm.net.frames import Kind, encode_head
 from daaswarm.net.handshake import ProvenPeer
 from daaswarm.net.inbound import InboundBudget
 from daaswarm.net.memory import MemoryHub
@@ -55,6 +58,126 @@ async def test_a_bug_in_a_handler_costs_one_call(caplog):
             await a.call(b.contact, FindNode(target=bytes(32)), deadline_s=5)
         await a.call(b.contact, Ping(), deadline_s=5)
     assert "a bug" in caplog.text
+
+
+async def test_a_bug_in_the_fast_handler_or_in_an_answer_costs_one_call(caplog):
+    def broken(peer_id, message, body):
+        if isinstance(message, Store):
+            return "neither an answer nor None"
+        raise KeyError("a bug")
+
+    async def answer_nonsense(*args):
+        return object(), ()
+
+    hub = MemoryHub()
+    async with (
+        hub.open_node(get_identity(1), handler=serve) as a,
+        hub.open_node(get_identity(2), handler=serve, fast_handler=broken) as b,
+        hub.open_node(get_identity(3), handler=answer_nonsense) as c,
+    ):
+        for host in (b, c):
+            for _ in range(2):
+                with pytest.raises(ExpertError, match="internal error"):
+                    await a.call(host.contact, FindNode(target=bytes(32)), deadline_s=5)
+            await a.call(host.contact, Ping(), deadline_s=5)
+            assert len(host.connections) == 1 and host.connections[0].is_idle
+        with pytest.raises(ConnectionLost):
+            await a.call(b.contact, Store(records=[]), deadline_s=5)
+        await a.call(b.contact, Ping(), deadline_s=5)
+        assert b._budget.calls == 0
+    assert "a bug" in caplog.text and "can't be sent" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["receive", "next_buffers", "drop_stalled"])
+async def test_a_bug_in_a_connection_ends_only_that_connection(name, monkeypatch, caplog, autojump_clock):
+    def broken(*args):
+        raise KeyError("a bug")
+
+    hub = MemoryHub()
+    async with (
+        hub.open_node(get_identity(1), handler=serve) as a,
+        hub.open_node(get_identity(2), handler=serve) as b,
+        hub.open_node(get_identity(3), handler=serve) as c,
+    ):
+        await a.connect(b.contact)
+        await c.connect(b.contact)
+        monkeypatch.setattr(b.get(a.peer_id)._session, name, broken)
+        with pytest.raises(ConnectionLost):
+            await a.call(b.contact, FindNode(target=bytes(32)), deadline_s=25)
+        assert "a bug" in caplog.text
+        await a.call(b.contact, Ping(), deadline_s=5)  # on a new one
+        await c.call(b.contact, Ping(), deadline_s=5)
+
+
+async def test_calls_that_are_cancelled_at_once_are_capped_like_others():
+    ours, theirs = open_memory_pair(bytes(32))
+    budget = InboundBudget()
+    running = most = started = 0
+    finish = trio.Event()
+
+    async def work(*args):  # can't be cancelled, like a thread that computes
+        nonlocal running, most, started
+        running, started = running + 1, started + 1
+        most = max(most, running)
+        with trio.CancelScope(shield=True), trio.move_on_after(20):
+            await finish.wait()
+        running -= 1
+        return Found(), ()
+
+    header = messages.encode(FindNode(target=bytes(32)))
+    connection = Connection(theirs, ProvenPeer(get_identity(2).peer_id), is_client=False, budget=budget, handler=work)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connection.run)
+        # Some at work already, then a flood in one read.
+        for first, count in ((1, 10), (21, 10_000)):
+            data = bytearray()
+            for call in range(first, first + 2 * count, 2):
+                data += encode_head(Kind.REQUEST, call, deadline_ms=9999, header_bytes=len(header)) + header
+                if call > 20:
+                    data += encode_head(Kind.CANCEL, call)
+            ours.send([data])
+            await trio.testing.wait_all_tasks_blocked()
+            while ours.receive():
+                pass
+        assert started == most == running == 10  # what was cancelled before it began never begins
+        assert budget.calls == 10
+        finish.set()
+        await trio.testing.wait_all_tasks_blocked()
+    assert running == budget.calls == 0 and not connection._scopes
+
+
+async def test_a_cancelled_call_counts_until_its_work_has_ended():
+    ours, theirs = open_memory_pair(bytes(32))
+    budget = InboundBudget()
+    running = most = 0
+    finish = trio.Event()
+
+    async def work(*args):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        with trio.CancelScope(shield=True), trio.move_on_after(20):
+            await finish.wait()
+        running -= 1
+        return Found(), ()
+
+    header = messages.encode(FindNode(target=bytes(32)))
+    connection = Connection(theirs, ProvenPeer(get_identity(2).peer_id), is_client=False, budget=budget, handler=work)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connection.run)
+        for call in range(1, 2 * 3 * CALLS_PER_PEER, 2):
+            ours.send([encode_head(Kind.REQUEST, call, deadline_ms=9999, header_bytes=len(header)) + header])
+            await trio.testing.wait_all_tasks_blocked()
+            ours.send([encode_head(Kind.CANCEL, call)])
+            while ours.receive():
+                pass
+        await trio.testing.wait_all_tasks_blocked()
+        assert most == running == budget.calls == CALLS_PER_PEER
+        ours.shut_down()  # hanging up gives nothing back either
+        await trio.testing.wait_all_tasks_blocked()
+        assert not connection.is_open and running == budget.calls == CALLS_PER_PEER
+        finish.set()
+    assert running == budget.calls == 0
 
 
 async def test_giving_up_cancels_the_handler(autojump_clock):
@@ -180,3 +303,14 @@ async def test_a_thread_waits_no_longer_than_it_said():
             await trio.to_thread.run_sync(started.wait)
             await a.disconnect(b.peer_id, "no longer wanted")
         assert isinstance((await a.call(b.contact, get_call(3), deadline_s=5))[0], ExpertReply | Found)
+
+
+async def test_a_peers_words_cannot_write_to_the_terminal():
+    async def rude(*args):
+        raise ExpertError("\x1b[2J\nfake: ok\x07", hint="\r\u202e")
+
+    hub = MemoryHub()
+    async with hub.open_node(get_identity(1), handler=serve) as a, hub.open_node(get_identity(2), handler=rude) as b:
+        with pytest.raises(ExpertError, match="fake: ok") as info:
+            await a.call(b.contact, FindNode(target=bytes(32)), deadline_s=5)
+        assert info.value.message.isprintable() and info.value.hint.isprintable()

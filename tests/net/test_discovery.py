@@ -13,8 +13,10 @@ import trio
 from net_helpers import SWARM, get_identity
 
 from daaswarm.core.adverts import ADVERT_KIND
+from daaswarm.core.kademlia_events import LookupDone
 from daaswarm.core.signing import MAX_TTL_S, seal
-from daaswarm.messages import Advert, Adverts, Found, GetAdverts, Pong, Signed
+from daaswarm.errors import Unreachable
+from daaswarm.messages import Advert, Adverts, Contact, Found, GetAdverts, Pointer, Pong, Signed
 from daaswarm.net import discovery as discovery_module
 from daaswarm.net.discovery import Discovery
 from daaswarm.net.memory import MemoryHub
@@ -182,6 +184,72 @@ async def test_hostile_adverts_are_ignored() -> None:
             assert await asker.find() == {honest.peer_id: HELD}, lies
         liar.lies = Adverts(adverts=[make_advert(2, expires_at=0.0), own])  # one good one among bad ones
         assert await asker.find() == {honest.peer_id: HELD, liar.peer_id: {0: [0, 1]}}
+
+
+async def test_adverts_that_were_not_asked_for_are_not_kept() -> None:
+    async with open_nodes(4) as (_, nodes):
+        liar, honest, asker = nodes[1:]
+        liar.discovery.advertise(ROOT, "m", "moe", HELD, "f32")
+        honest.discovery.advertise(ROOT, "m", "moe", HELD, "f32")
+        await settle()
+        others = [make_advert(number) for number in range(100, 150)]  # good ones, of peers nobody asked
+        liar.lies = Adverts(adverts=[make_advert(2), make_advert(2, model_root=OTHER), *others])
+        assert await asker.find() == {honest.peer_id: HELD, liar.peer_id: {0: [0, 1]}}
+        assert len(asker.discovery.book) == 2
+        liar.lies = Adverts(adverts=[make_advert(2, model_root=OTHER)])  # only of a model that was not asked for
+        assert await asker.find() == {honest.peer_id: HELD}
+        assert await asker.find(OTHER) == {}
+
+
+async def test_a_flood_of_pointers_costs_a_bounded_time_and_number_of_dials(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: Any
+) -> None:
+    monkeypatch.setattr(discovery_module, "ASKED", 40)
+    monkeypatch.setattr(discovery_module, "ASKED_AT_ONCE", 4)
+    async with open_nodes(3) as (_, nodes):
+        host, asker = nodes[1:]
+        host.discovery.advertise(ROOT, "m", "moe", HELD, "f32")
+        await settle()
+        assert await asker.find() == {host.peer_id: HELD}
+        pointers = [
+            Pointer(key=bytes(32), peer_id=get_identity(number).peer_id, addrs=[], seq=1, expires_at=1e12)
+            for number in range(50, 150)
+        ]
+        asked: list[str] = []
+
+        async def look_up(key: bytes, want: Any) -> LookupDone:
+            return LookupDone(lookup_id="", contacts=[], records=pointers)
+
+        real = asker.pool.call
+
+        async def call(contact: Contact, *args: Any, **options: Any) -> Any:
+            asked.append(contact.peer_id)
+            if contact.peer_id == host.peer_id:
+                return await real(contact, *args, **options)
+            await trio.sleep(options["deadline_s"])  # dead
+            raise Unreachable("dead")
+
+        monkeypatch.setattr(asker.discovery, "lookup", look_up)
+        monkeypatch.setattr(asker.pool, "call", call)
+        begin = trio.current_time()
+        assert await asker.find() == {host.peer_id: HELD}  # it's connected, so it's asked first
+        assert trio.current_time() - begin <= discovery_module.ASKING_S
+        assert host.peer_id in asked[:4] and len(asked) <= 40
+        asked.clear()
+        monkeypatch.setattr(discovery_module, "ASKED_AT_ONCE", 1000)
+        await asker.find()
+        assert len(asked) == 40
+
+
+async def test_a_bug_in_handling_an_answer_costs_one_request(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, autojump_clock: Any
+) -> None:
+    async with open_nodes(3) as (_, nodes):
+        with monkeypatch.context() as patch:
+            patch.setattr(nodes[2].discovery.kademlia, "handle", lambda *args: {}["a bug"])
+            assert (await nodes[2].discovery.lookup(bytes(32), "nodes")).contacts == []
+        assert "a bug" in caplog.text
+        assert (await nodes[2].discovery.lookup(bytes(32), "nodes")).contacts
 
 
 async def test_adverts_are_signed_anew_before_they_expire(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import socket
+import ssl
 
 import psutil
 import pytest
@@ -15,7 +17,9 @@ from daaswarm import messages
 from daaswarm.errors import ConfigError, PeerIdMismatch, RemoteProtocolError, Unreachable
 from daaswarm.messages import ExpertReply
 from daaswarm.net.dataplane import open_tcp_network
+from daaswarm.net.frames import Kind, encode_handshake, encode_head
 from daaswarm.net.handshake import Identity
+from daaswarm.net.tls import create_tls_contexts
 from daaswarm.testing.attacker import Attacker
 
 ATTACKER = get_identity(66)
@@ -47,6 +51,51 @@ async def test_the_listener_survives_strangers(caplog):
             await trio.lowlevel.checkpoint()
         assert not node._shaking
         assert node._budget.used_bytes == node._budget.reserved_bytes == node._budget.calls == 0
+
+
+DEEP = b"\x91" * 100_000 + b"\x00"
+NOT_TEXT = b"\xa2\xff\xff"
+
+
+@pytest.mark.parametrize("junk", [DEEP, NOT_TEXT])
+async def test_a_header_that_breaks_the_decoder(junk):
+    async with (
+        open_tcp_network(get_identity(1), handler=serve) as node,
+        open_tcp_network(get_identity(2), handler=serve, listen=[]) as good,
+    ):
+        assert node.contact is not None
+        attacker = Attacker(ATTACKER, node.listen_addresses[0].port, node.peer_id)
+        header = b"\x82\xa1t" + (b"\xa4ping\xa1x" + junk if junk is DEEP else junk + b"\xa1x\x00")
+        request = encode_head(Kind.REQUEST, 1, deadline_ms=9, header_bytes=len(header)) + header
+        said = await trio.to_thread.run_sync(attacker.send_tls, request, {})
+        assert b"unsupported" in said
+        proof = b"\x82\xa1t\xa5prove" + (b"\xa1x" + junk[-3_000:] if junk is DEEP else b"\xa5agent" + junk)
+        said = await trio.to_thread.run_sync(attacker.send_tls, encode_handshake(proof))
+        assert b"bad_message" in said
+        assert isinstance((await good.call(node.contact, get_call(), deadline_s=5))[0], ExpertReply)
+
+
+async def test_clients_that_stop_during_the_handshake(monkeypatch):
+    monkeypatch.setattr("daaswarm.net.dataplane.HANDSHAKE_S", 0.2)
+    async with open_tcp_network(get_identity(1), handler=serve) as node:
+        address = ("127.0.0.1", node.listen_addresses[0].port)
+        hello = get_client_hello()
+        for data in (b"", b"\x16", hello[:50], hello):  # silent, or stopped at some point; the last never reads
+            with trio.fail_after(10), socket.create_connection(address) as sock:
+                sock.sendall(data)
+                while not node._shaking:
+                    await trio.lowlevel.checkpoint()
+                while node._shaking:
+                    await trio.lowlevel.checkpoint()
+        assert not node.connections
+
+
+def get_client_hello() -> bytes:
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = create_tls_contexts(ATTACKER.key).client.wrap_bio(incoming, outgoing)
+    with contextlib.suppress(ssl.SSLWantReadError):
+        client.do_handshake()
+    return outgoing.read()
 
 
 async def test_a_refused_proof_is_told_why():

@@ -6,13 +6,13 @@ import gc
 
 import pytest
 import trio
-from net_helpers import get_identity, serve
+from net_helpers import SWARM, get_identity, serve
 
 from daaswarm import messages
 from daaswarm.messages import Ping, Pong
 from daaswarm.net.dataplane import open_tcp_network
 from daaswarm.net.frames import Frame, FrameParser, Kind, encode_head
-from daaswarm.net.libp2p_host import PROTOCOL, open_libp2p_host
+from daaswarm.net.libp2p_host import get_protocol, open_libp2p_host
 
 
 async def ping(stream) -> Frame:
@@ -27,6 +27,7 @@ async def ping(stream) -> Frame:
 async def visit(addr: str, suffix: str) -> None:
     from libp2p import new_host
     from libp2p.crypto.ed25519 import create_new_key_pair
+    from libp2p.host.exceptions import StreamFailure
     from libp2p.peer.peerinfo import info_from_p2p_addr
     from multiaddr import Multiaddr
 
@@ -36,14 +37,17 @@ async def visit(addr: str, suffix: str) -> None:
         async with other.run(listen_addrs=[]):
             info = info_from_p2p_addr(Multiaddr(f"{base}{suffix}/p2p/{peer_id}"))
             await other.connect(info)
-            stream = await other.new_stream(info.peer_id, [PROTOCOL])
+            stream = await other.new_stream(info.peer_id, [get_protocol(SWARM)])
             frame = await ping(stream)
             assert messages.get_decoder(messages.Reply).decode(frame.header) == Pong()
             assert str(stream.muxed_conn.peer_id) == peer_id
             # Garbage ends that stream, not the host.
             await stream.write(b"\xff" * 100)
-            stream = await other.new_stream(info.peer_id, [PROTOCOL])
+            stream = await other.new_stream(info.peer_id, [get_protocol(SWARM)])
             assert (await ping(stream)).call == 1
+            # Another swarm finds nobody to talk to.
+            with pytest.raises(StreamFailure):
+                await other.new_stream(info.peer_id, [get_protocol(bytes(32))])
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")

@@ -7,8 +7,8 @@ from net_helpers import get_call
 
 from daaswarm import messages
 from daaswarm.errors import Busy, ConnectionLost, RemoteProtocolError
-from daaswarm.limits import CALL_BODY_BYTES, CALLS_PER_PEER, CHUNK_BYTES, WINDOW_BYTES
-from daaswarm.messages import ExpertReply, Failure, FindNode, Found, Ping, Pong
+from daaswarm.limits import CALL_BODY_BYTES, CALLS_PER_PEER, CHUNK_BYTES, MIB, WINDOW_BYTES
+from daaswarm.messages import ExpertReply, Failure, FindNode, Found, Ping, Pong, Signed, Store
 from daaswarm.net.frames import HEAD_BYTES, Kind, encode_head
 from daaswarm.net.inbound import InboundBudget
 from daaswarm.net.session import Session
@@ -122,7 +122,9 @@ def test_cancel():
     assert pair.client.cancel(call) == "t"
     assert pair.client.cancel(call) is None
     assert pair.settle()[1] == [CallCancelled(call)]
-    pair.server.send_reply(call, Found())  # too late, harmless
+    assert pair.server.served_calls == pair.budget.calls == 1  # the work still goes on
+    pair.server.send_reply(call, Found())  # too late, but it ends the call
+    assert pair.server.served_calls == pair.budget.calls == 0
     assert pair.settle() == ([], [])
     # Before anything was sent, nothing is sent at all.
     call = pair.client.send_request("u", Ping(), (), 5)
@@ -222,6 +224,91 @@ def test_closing_gives_everything_back():
     assert pair.client.close() == ["t"]
 
 
+def test_work_that_outlives_its_call_or_connection_still_counts():
+    pair = Pair()
+    body = bytes(100)
+    for number in range(CALLS_PER_PEER):
+        call = pair.client.send_request(number, FindNode(target=bytes(32)), [body], 5)
+        pair.move(pair.client, pair.server)
+        pair.client.cancel(call)
+        pair.move(pair.client, pair.server)
+    pair.client.send_request("one more", Ping(), (), 5)
+    at_client, at_server = pair.settle()
+    assert at_client[0].message.code == "busy" and at_server == []
+    pair.server.close()
+    assert pair.budget.calls == CALLS_PER_PEER and pair.budget.used_bytes == CALLS_PER_PEER * len(body)
+    for number in range(CALLS_PER_PEER):
+        pair.server.drop_served(1 + 2 * number)
+        pair.server.send_reply(1 + 2 * number, Found())  # its connection is gone
+    assert pair.budget.calls == pair.budget.used_bytes == 0 and get_frames(pair.server) == []
+
+
+@pytest.mark.parametrize("header", [b"\x82\xa1t\xa4ping\xa1x" + b"\x91" * 9_999 + b"\x00", b"\x81\xa1t\xa1\xff"])
+def test_headers_that_break_the_decoder_cost_one_call(header):
+    pair = Pair()
+    pair.client.send_request("t", Ping(), (), 5)
+    get_frames(pair.client)
+    pair.server.receive(encode_head(Kind.REQUEST, 1, deadline_ms=1, header_bytes=len(header)) + header, [])
+    [refusal] = get_frames(pair.server)
+    assert b"unsupported" in refusal
+    events: list = []
+    pair.client.receive(encode_head(Kind.REPLY, 1, header_bytes=len(header)) + header, events)
+    assert isinstance(events[0], CallFailed) and isinstance(events[0].error, RemoteProtocolError)
+
+
+def test_large_headers_count_as_memory():
+    records = [Signed(public_key=bytes(32), signature=bytes(64), payload=bytes(4000))] * 64
+    pair = Pair(InboundBudget(limit_bytes=64 * MIB))
+    for number in range(50):  # requests whose bodies never come, each with 260 KB of records
+        pair.client.send_request(number, Store(records=records), [bytes(2 * CHUNK_BYTES)], 5)
+        pair.move(pair.client, pair.server, frames=1)
+        [_] = pair.client._outgoing
+        pair.client._drop_outgoing(1 + 2 * number)
+    assert pair.budget.calls < 20 and pair.budget.used_bytes <= 32 * MIB
+    pair.server.close()
+    pair = Pair(InboundBudget(limit_bytes=8 * MIB))
+    for number in range(50):  # answers that aren't read
+        pair.client.send_request(number, FindNode(target=bytes(32)), (), 5)
+    for event in pair.move(pair.client, pair.server):
+        pair.server.send_reply(event.call, Found(records=records))
+    assert sum(len(out.first or b"") for out in pair.server._outgoing.values()) <= 4 * MIB
+    replies, _ = pair.settle()
+    assert len(replies) == 50 and replies[0].message == Found(records=records) and replies[-1].message.code == "busy"
+    assert pair.budget.used_bytes == 0
+
+
+def test_what_never_ends_is_given_up():
+    pair = Pair()
+    pair.client.send_request("t", get_call(), [bytes(2 * CHUNK_BYTES)], 5)
+    pair.move(pair.client, pair.server, frames=1)
+    assert not pair.server.drop_stalled() and not pair.server.drop_stalled() and pair.budget.calls == 1
+    assert not pair.server.drop_stalled() and pair.budget.calls == pair.budget.used_bytes == 0
+    [reply] = pair.move(pair.server, pair.client)
+    assert reply.message.code == "deadline_exceeded"
+    # An answer that is read a bit at a time.
+    call = pair.client.send_request("u", FindNode(target=bytes(32)), (), 5)
+    pair.move(pair.client, pair.server)
+    assert not pair.server.drop_stalled() and not pair.server.drop_stalled()  # time at work doesn't count
+    pair.server.send_reply(call, Found(), [bytes(12 * CHUNK_BYTES)])
+    for _ in range(2):
+        assert pair.server.next_buffers() is not None
+        assert not pair.server.drop_stalled()
+    assert pair.server.next_buffers() is not None
+    assert pair.server.drop_stalled()
+    pair = Pair()
+    pair.client.send_request("v", Ping(), (), 5)
+    get_frames(pair.client)
+    # A frame that trickles in: the connection has to go. One that came whole meanwhile is fine.
+    header = messages.encode(Ping())
+    frame = encode_head(Kind.REQUEST, 3, deadline_ms=1, header_bytes=len(header)) + header
+    pair.server.receive(frame[:20], [])
+    assert not pair.server.drop_stalled()
+    pair.server.receive(frame[20:] + frame[:9], [])
+    assert not pair.server.drop_stalled()
+    pair.server.receive(frame[9:10], [])
+    assert pair.server.drop_stalled()
+
+
 def test_a_peer_that_breaks_off_its_answer():
     pair = Pair()
     pair.client.send_request("t", Ping(), (), 5)
@@ -290,7 +377,9 @@ def test_no_sequence_of_frames_raises_anything_else_or_leaks(frames):
                     pair.server.send_reply(event.call, Pong())
             get_frames(pair.server)
     except RemoteProtocolError:
-        pass
+        for event in events:
+            if isinstance(event, RequestReceived):
+                pair.server.drop_served(event.call)
     finished = [event for event in events if isinstance(event, ReplyReceived | CallFailed)]
     assert len(finished) + len(pair.server.close()) == 3  # every call of ours ends exactly once
     assert pair.budget.used_bytes == pair.budget.reserved_bytes == pair.budget.calls == 0

@@ -1,4 +1,4 @@
-"""The files of one node: key, lock, socket path, contacts."""
+"""The files of one node: key, lock, socket path."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ from pathlib import Path
 import pytest
 
 from daaswarm.errors import ConfigError
-from daaswarm.messages import Contact
-from daaswarm.store.data_dir import CONTACTS, SOCKET_PATH_BYTES, DataDir
-
-PEER = "12D3KooWH3uVF6wv47WnArKHk5p6cvgCJEb74UTmxztmQDc298L3"
+from daaswarm.store.data_dir import SOCKET_PATH_BYTES, DataDir
 
 
 @pytest.fixture
 def data_dir(tmp_path: Path) -> DataDir:
     return DataDir(tmp_path / "node")
+
+
+def test_a_lock_holds_on_a_full_disk(data_dir: DataDir) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    data_dir.create()
+    data_dir.lock_path.symlink_to("/dev/full")
+    with data_dir.lock(), pytest.raises(ConfigError, match="a node already runs"), data_dir.lock():
+        pass
 
 
 def get_mode(path: Path) -> int:
@@ -104,15 +110,3 @@ def test_a_long_path_gets_a_short_socket(tmp_path: Path, monkeypatch: pytest.Mon
     path.parent.chmod(0o777)
     with pytest.raises(ConfigError, match="not a private folder"):
         _ = long.socket_path
-
-
-def test_contacts(data_dir: DataDir) -> None:
-    assert data_dir.load_contacts() == []
-    data_dir.create()
-    contacts = [Contact(peer_id=PEER, addrs=[f"/ip4/127.0.0.1/tcp/{n}"]) for n in range(CONTACTS + 5)]
-    data_dir.save_contacts(contacts)
-    assert data_dir.load_contacts() == contacts[:CONTACTS]
-    assert [path.name for path in data_dir.path.iterdir()] == ["contacts.json"]
-    for garbage in (b"", b"{", b"[1]", b'[{"peer_id": "short", "addrs": []}]'):
-        data_dir.contacts_path.write_bytes(garbage)
-        assert data_dir.load_contacts() == []

@@ -1,0 +1,1 @@
+"""Long runs whose figures are reported, never asserted in a test. Each is a ``make`` target."""

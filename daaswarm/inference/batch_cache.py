@@ -1,0 +1,159 @@
+"""Keys and values of several answers side by side, so that one forward pass advances them all.
+
+transformers' dynamic cache joins tensors at every token and keeps all rows at one length. Here each row has its own
+length, tokens are written in place, and a pass sees a run of neighbouring rows as a view: nothing is copied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+FIRST_TOKENS = 256  # of room in each row at first; it doubles, so that a row is copied a few times, not once a token
+
+
+class RaggedLayer(DynamicLayer):
+    """One layer's keys and values: tensors of (rows, heads, room, head width)."""
+
+    def __init__(self, cache: BatchCache) -> None:
+        super().__init__()
+        self._cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        # Zeros, since what a row hasn't written yet is multiplied by zero attention, which NaN would survive.
+        shape = (self._cache.rows, key_states.shape[1], self._cache.room)
+        self.keys = key_states.new_zeros((*shape, key_states.shape[3]))
+        self.values = value_states.new_zeros((*shape, value_states.shape[3]))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the selected rows' new tokens; returns these rows up to the end of the longest."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        cache = self._cache
+        assert self.keys is not None and self.values is not None
+        keys, values = self.keys[cache.window], self.values[cache.window]
+        for row, (start, count) in enumerate(zip(cache.starts, cache.counts, strict=True)):
+            keys[row, :, start : start + count] = key_states[row, :, -count:]
+            values[row, :, start : start + count] = value_states[row, :, -count:]
+        return keys[:, :, : cache.longest], values[:, :, : cache.longest]
+
+    def get_seq_length(self) -> int:
+        return self._cache.longest - self._cache.width
+
+    def resize(self, rows: int, room: int) -> None:
+        if not self.is_initialized:
+            return
+        for name in ("keys", "values"):
+            old: Tensor = getattr(self, name)
+            new = old.new_zeros((rows, old.shape[1], room, old.shape[3]))
+            new[: old.shape[0], :, : old.shape[2]] = old
+            setattr(self, name, new)
+
+
+class BatchCache(Cache):
+    """Args:
+
+    layers: attention layers of the model.
+
+    A pass is announced with :meth:`select`, and what it wrote is kept with :meth:`commit`; without that the next pass
+    overwrites it, so a pass that failed can be done again.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.rows = 1
+        self.room = FIRST_TOKENS
+        self.lengths: list[int] = []  # tokens of each row in use
+        self.window = slice(0, 0)  # rows of the pass
+        self.starts: list[int] = []
+        self.counts: list[int] = []
+        self.width = 0  # tokens that the pass brings, at most
+        self.longest = 0
+        self._ragged = [RaggedLayer(self) for _ in range(layers)]
+        super().__init__(layers=list(self._ragged))
+
+    def add(self) -> int:
+        """A new, empty row behind the others."""
+        self.lengths.append(0)
+        if len(self.lengths) > self.rows:
+            self._resize(max(len(self.lengths), 2 * self.rows), self.room)
+        return len(self.lengths) - 1
+
+    def select(self, first: int, counts: list[int]) -> Tensor | None:
+        """The next pass brings ``counts[i]`` tokens, aligned to the right, for row ``first + i``.
+
+        Returns:
+            (rows, 1, width, longest) bool, true where a token may look; ``None`` where plain causal attention is it.
+        """
+        self.window = slice(first, first + len(counts))
+        self.starts, self.counts = self.lengths[self.window], counts
+        self.width = max(counts)
+        self.longest = max(s + c for s, c in zip(self.starts, counts, strict=True))
+        if self.longest > self.room:
+            self._resize(self.rows, max(self.longest, 2 * self.room))
+        is_even = len(set(self.starts)) == 1 and len(set(counts)) == 1
+        if is_even and (self.width == 1 or self.starts[0] == 0):
+            return None
+        ends = torch.tensor([s + c for s, c in zip(self.starts, counts, strict=True)])
+        positions = ends[:, None] - self.width + torch.arange(self.width)  # (rows, width); padding is below the start
+        return (torch.arange(self.longest) <= positions.clamp(min=0)[..., None])[:, None]
+
+    def get_positions(self) -> Tensor:
+        """(rows, width) int64: the places in their texts of the tokens that the pass brings; 0 for padding."""
+        ends = torch.tensor([s + c for s, c in zip(self.starts, self.counts, strict=True)])
+        return (ends[:, None] - self.width + torch.arange(self.width)).clamp(min=0)
+
+    def commit(self) -> None:
+        """Keep what the pass wrote."""
+        for i, count in enumerate(self.counts):
+            self.lengths[self.window.start + i] += count
+
+    def move(self, source: int, target: int) -> None:
+        """Put one row where another was."""
+        length = self.lengths[target] = self.lengths[source]
+        for layer in self._ragged:
+            if layer.is_initialized:
+                assert layer.keys is not None and layer.values is not None
+                layer.keys[target, :, :length] = layer.keys[source, :, :length]
+                layer.values[target, :, :length] = layer.values[source, :, :length]
+
+    def drop_last(self) -> None:
+        del self.lengths[-1]
+
+    def copy_out(self, row: int) -> list[tuple[Tensor, Tensor]]:
+        """A row's keys and values, each (heads, tokens, head width), by layer; none before the first pass."""
+        length = self.lengths[row]
+        return [
+            (layer.keys[row, :, :length].clone(), layer.values[row, :, :length].clone())
+            for layer in self._ragged
+            if layer.is_initialized and layer.keys is not None and layer.values is not None
+        ]
+
+    def copy_in(self, row: int, kept: list[tuple[Tensor, Tensor]], tokens: int) -> None:
+        """Begin a row with the first ``tokens`` of what :meth:`copy_out` gave."""
+        if tokens > self.room:
+            self._resize(self.rows, max(tokens, 2 * self.room))
+        for layer, (keys, values) in zip(self._ragged, kept, strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(keys[None], values[None])
+            assert layer.keys is not None and layer.values is not None
+            layer.keys[row, :, :tokens] = keys[:, :tokens]
+            layer.values[row, :, :tokens] = values[:, :tokens]
+        self.lengths[row] = tokens
+
+    def free(self) -> None:
+        """Give the memory back now. Cache and layers refer to each other, and the garbage collector, which counts
+        objects and not bytes, lets such a circle lie for hundreds of answers.
+        """
+        for layer in self._ragged:
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+
+    def _resize(self, rows: int, room: int) -> None:
+        self.rows, self.room = rows, room
+        for layer in self._ragged:
+            layer.resize(rows, room)

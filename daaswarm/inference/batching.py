@@ -1,0 +1,339 @@
+"""Several answers of one model at a time, a token each per forward pass (continuous batching).
+
+Answers join when they come and leave when they end; nobody waits for the longest. A pass costs little more with ten
+rows than with one, on this side and at the hosts, since both read each weight once. Life of an answer: it waits, its
+prompt goes through the model (*prefill*), then it takes part in each *decode* pass until it ends.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationMixin
+from transformers.cache_utils import DynamicLayer
+
+from daaswarm.errors import Busy, NoPeerCouldServe
+from daaswarm.inference.batch_cache import BatchCache
+from daaswarm.inference.plan import HostPlan
+from daaswarm.inference.rope import has_changing_ropes
+from daaswarm.inference.sequence import Chooser, Sequence
+from daaswarm.inference.swarm_experts import Stopped, SwarmExperts
+
+ROWS = 16  # answers in one pass; more wait
+WAITING = 64  # answers that may wait for a place
+RETRY_AFTER_S = 5.0  # told to who finds no place even to wait
+PREFILL_TOKENS = 256  # of prompts in one pass, so that answers under way pause for a second at most
+KEPT_BYTES = 256 * 1024 * 1024  # keys and values of ended answers, for the next turns of their conversations
+KEPT_TOKENS_MIN = 16  # a shorter common beginning isn't worth a copy
+
+logger = logging.getLogger(__name__)
+
+
+def can_batch(model: Any) -> bool:
+    """Whether rows of different lengths can share this model's passes.
+
+    They can where attention over all earlier tokens is the only thing that a token keeps: no sliding window, no
+    recurrent state, no rotary frequencies that depend on the longest text.
+    """
+    config = model.config.get_text_config()
+    if not has_plain_inputs(model) or has_changing_ropes(model):
+        return False
+    if not {"position_ids", "past_key_values", "logits_to_keep"} <= set(inspect.signature(model.forward).parameters):
+        return False
+    if config._attn_implementation != "sdpa":
+        return False
+    layers = DynamicCache(config=config).layers
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def has_plain_inputs(model: Any) -> bool:
+    """Whether a pass takes tokens, places and a cache, and nothing that the model works out from them itself."""
+    return type(model).prepare_inputs_for_generation is vars(GenerationMixin)["prepare_inputs_for_generation"]
+
+
+@dataclass
+class Place:
+    """An answer in the batch."""
+
+    sequence: Sequence
+    chooser: Chooser
+    on_end: Callable[[], None]
+
+
+class Batch:
+    """The answers of one trunk. :meth:`work` runs in a thread while there are any; the rest may be called from others.
+
+    Args:
+        model: the trunk. Its experts are :meth:`compute` in the thread that runs :meth:`work`.
+        experts: asks the hosts.
+    """
+
+    def __init__(self, model: Any, experts: SwarmExperts) -> None:
+        self._model = model
+        self._experts = experts
+        self._plan: HostPlan | None = None  # newer than the experts'
+        self._real: Tensor | None = None  # which rows of the pass are no padding; None: all
+        self._layers = len(DynamicCache(config=model.config.get_text_config()).layers)
+        self._lock = threading.Lock()
+        self._waiting: deque[Place] = deque()
+        self._is_working = False
+        self._passing: list[Sequence] = []  # the answers in the pass that is under way
+        self._rows: list[Place] = []  # in the order of the cache's rows: first those that decode
+        self._decoding = 0
+        self._cache = BatchCache(self._layers)
+        self._kept: OrderedDict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = OrderedDict()
+        self._kept_bytes = 0
+        self._must_forget = False
+
+    def submit(self, sequence: Sequence, plan: HostPlan, on_end: Callable[[], None]) -> bool:
+        """Have an answer made. ``True`` if the caller must now run :meth:`work` in a thread.
+
+        Args:
+            plan: the hosts as they are known now; the others' next passes use them too.
+            on_end: called in that thread when the sequence has ended.
+
+        Raises:
+            Busy: too many wait already.
+        """
+        place = Place(sequence, Chooser(sequence), on_end)
+        with self._lock:
+            if len(self._waiting) >= WAITING:
+                raise Busy(f"{len(self._waiting)} answers wait for their turn here", retry_after_s=RETRY_AFTER_S)
+            self._waiting.append(place)
+            self._plan = plan
+            must_work, self._is_working = not self._is_working, True
+        return must_work
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Nobody waits for it any more. Calls under way end at once unless another answer needs them."""
+        with self._lock:
+            sequence.is_cancelled = True
+            self._stop_if_unwanted()
+
+    def cancel_all(self) -> None:
+        """The node is leaving."""
+        with self._lock:
+            for place in (*self._waiting, *self._rows):
+                place.sequence.is_cancelled = True
+            self._stop_if_unwanted()
+
+    def _stop_if_unwanted(self) -> None:
+        if self._passing and all(sequence.is_cancelled for sequence in self._passing):
+            self._experts.cancel()
+
+    def forget(self) -> None:
+        """Keep nothing of ended answers."""
+        with self._lock:
+            self._must_forget = True
+
+    def work(self) -> None:
+        """Run passes until no answer is left."""
+        try:
+            with torch.inference_mode():
+                while self._admit():
+                    self._prefill()
+                    self._decode()
+        except BaseException as error:  # a bug: nobody shall wait for ever
+            with self._lock:
+                places = [*self._rows, *self._waiting]
+                self._reset()
+                self._waiting.clear()
+            for place in places:
+                place.sequence.end("error", error)
+                place.on_end()
+            raise
+
+    def compute(self, layer: int, rows: Tensor, index: Tensor | None, weights: Tensor | None) -> Tensor:
+        """``ExpertsFn`` of the trunk; padding isn't sent to hosts, and stays zero."""
+        real = self._real
+        if real is None:
+            return self._experts(layer, rows, index, weights)
+        out = torch.zeros_like(rows)
+        out[real] = self._experts(
+            layer, rows[real], None if index is None else index[real], None if weights is None else weights[real]
+        )
+        return out
+
+    # -- coming and going ---------------------------------------------------------------------------------------
+
+    def _admit(self) -> bool:
+        self._drop_ended()
+        with self._lock:
+            while self._waiting and len(self._rows) < ROWS:
+                self._rows.append(self._waiting.popleft())
+            if not self._rows:
+                self._reset()
+                return False
+            plan, self._plan = self._plan, None
+            must_forget, self._must_forget = self._must_forget, False
+        if must_forget:
+            self._kept.clear()
+            self._kept_bytes = 0
+        if plan is not None:
+            self._experts.use_plan(plan)
+        while len(self._cache.lengths) < len(self._rows):
+            row = self._cache.add()
+            self._reuse(row, self._rows[row].sequence)
+        return True
+
+    def _reset(self) -> None:
+        """Nothing to do for now: the memory goes back. Under the lock."""
+        self._is_working = False
+        self._rows = []
+        self._decoding = 0
+        self._cache.free()
+        self._cache = BatchCache(self._layers)
+
+    def _drop_ended(self) -> None:
+        for row in reversed(range(len(self._rows))):
+            place = self._rows[row]
+            sequence = place.sequence
+            if sequence.is_cancelled and not sequence.has_ended:
+                sequence.end("cancelled", Stopped())
+            if not sequence.has_ended:
+                continue
+            self._keep(row, sequence)
+            if row < self._decoding:
+                self._decoding -= 1
+                self._move(self._decoding, row)
+                row = self._decoding
+            self._move(len(self._rows) - 1, row)
+            del self._rows[-1]
+            self._cache.drop_last()
+            place.on_end()
+
+    def _move(self, source: int, target: int) -> None:
+        if source != target:
+            self._rows[target] = self._rows[source]
+            self._cache.move(source, target)
+
+    def _keep(self, row: int, sequence: Sequence) -> None:
+        """Keep a row's keys and values for the conversation's next turn."""
+        length = self._cache.lengths[row]
+        if length < KEPT_TOKENS_MIN:
+            return
+        kept = self._cache.copy_out(row)
+        size = sum(keys.nbytes + values.nbytes for keys, values in kept)
+        key = tuple(sequence.ids[:length])
+        if size > KEPT_BYTES or key in self._kept:
+            return
+        self._kept[key] = kept
+        self._kept_bytes += size
+        while self._kept_bytes > KEPT_BYTES:
+            _, old = self._kept.popitem(last=False)
+            self._kept_bytes -= sum(keys.nbytes + values.nbytes for keys, values in old)
+
+    def _reuse(self, row: int, sequence: Sequence) -> None:
+        """Begin a row with the longest beginning that an earlier answer shares with it."""
+        best, best_count = None, KEPT_TOKENS_MIN - 1
+        for key in self._kept:
+            count = get_common(key, sequence.ids)
+            if count > best_count:
+                best, best_count = key, count
+        if best is None:
+            return
+        count = min(best_count, len(sequence.ids) - 1)  # the last token has to be seen, for its logits
+        self._cache.copy_in(row, self._kept[best], count)
+        self._kept.move_to_end(best)
+        sequence.reused_tokens = count
+
+    # -- passes -------------------------------------------------------------------------------------------------
+
+    def _prefill(self) -> None:
+        """Take the next prompts, or the next piece of a long one, through the model."""
+        counts: list[int] = []
+        for row in range(self._decoding, len(self._rows)):
+            left = len(self._rows[row].sequence.ids) - self._cache.lengths[row]
+            if counts and (len(counts) + 1) * max(*counts, left) > PREFILL_TOKENS:
+                break
+            counts.append(min(left, PREFILL_TOKENS))
+        if not counts:
+            return
+        first = self._decoding
+        ready = self._pass(first, counts)
+        for i, logits in enumerate(ready):
+            place = self._rows[first + i]
+            if logits is not None and self._cache.lengths[first + i] == len(place.sequence.ids):
+                self._advance(place, logits)
+                self._decoding += 1
+
+    def _decode(self) -> None:
+        """One more token for each answer whose prompt is through."""
+        self._drop_ended()
+        if self._decoding:
+            for place, logits in zip(self._rows, self._pass(0, [1] * self._decoding), strict=False):
+                if logits is not None:
+                    self._advance(place, logits)
+
+    def _advance(self, place: Place, logits: Tensor) -> None:
+        try:
+            place.chooser.advance(logits)
+        except Exception as error:  # noqa: BLE001 - a token that the tokenizer can't write costs its own answer only
+            place.sequence.end("error", error)
+
+    def _pass(self, first: int, counts: list[int]) -> list[Tensor | None]:
+        """The logits (vocabulary,) after each row's new tokens; ``None`` for an answer that has failed."""
+        try:
+            logits = self._forward(first, counts)
+            self._cache.commit()
+            return list(logits)
+        except Stopped:
+            return [None] * len(counts)
+        except NoPeerCouldServe as error:
+            if len(counts) > 1:  # a missing expert concerns those whose tokens need it
+                return [self._pass(first + i, [count])[0] for i, count in enumerate(counts)]
+            self._rows[first].sequence.end("error", error)
+        except Exception as error:  # noqa: BLE001 - each asker gets it
+            for place in self._rows[first : first + len(counts)]:
+                place.sequence.end("error", error)
+        return [None] * len(counts)
+
+    def _forward(self, first: int, counts: list[int]) -> Tensor:
+        """(rows, vocabulary). Its tokens are not committed."""
+        sequences = [place.sequence for place in self._rows[first : first + len(counts)]]
+        mask = self._cache.select(first, counts)
+        width = self._cache.width
+        ids = torch.zeros((len(counts), width), dtype=torch.long)
+        for i, (sequence, start, count) in enumerate(zip(sequences, self._cache.starts, counts, strict=True)):
+            ids[i, width - count :] = torch.tensor(sequence.ids[start : start + count])
+        with self._lock:
+            if all(sequence.is_cancelled for sequence in sequences):
+                raise Stopped
+            self._passing = sequences
+        try:
+            real = torch.arange(width) >= width - torch.tensor(counts)[:, None]
+            self._real = None if real.all() else real.reshape(-1).nonzero()[:, 0]
+            out = self._model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=self._cache.get_positions(),
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        finally:
+            with self._lock:
+                self._passing = []
+                self._experts.stop.clear()
+            hosts, retries = self._experts.take_use()
+            for sequence, count in zip(sequences, counts, strict=True):
+                sequence.note_use(hosts, retries, count / sum(counts))
+        return out.logits[:, -1]
+
+
+def get_common(a: tuple[int, ...], b: list[int]) -> int:
+    """How many items two sequences have in common at their beginning."""
+    count = 0
+    for left, right in zip(a, b, strict=False):
+        if left != right:
+            break
+        count += 1
+    return count

@@ -1,0 +1,26 @@
+"""What hosts did for an answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+LATENCIES = 100_000  # kept per host and answer for the median
+
+
+@dataclass
+class HostUse:
+    """One host's part. Rows and bytes are fractions where several answers shared a call."""
+
+    calls: int = 0
+    rows: float = 0
+    bytes_sent: float = 0
+    bytes_received: float = 0
+    latencies_s: list[float] = field(default_factory=list)
+
+    def add(self, other: HostUse, share: float) -> None:
+        """Count ``share`` of another's rows and bytes, and each of its calls."""
+        self.calls += other.calls
+        self.rows += other.rows * share
+        self.bytes_sent += other.bytes_sent * share
+        self.bytes_received += other.bytes_received * share
+        self.latencies_s += other.latencies_s[: LATENCIES - len(self.latencies_s)]

@@ -1,0 +1,307 @@
+"""SwarmCoordinator: one node. Read this file first.
+
+A node is a network (``net``), discovery on top of it (``core`` decides, ``net.discovery`` carries out), experts that it
+serves (``hosting``), and answers that it asks for (``answering``). ``life`` builds it. The rooms that need torch are
+imported when the first model is touched, so that a node without one starts at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import trio
+
+from daaswarm.config import Config, get_cache_dir
+from daaswarm.core.routing_table import get_node_id
+from daaswarm.errors import ConfigError, DaaswarmError, ExpertError, RemoteProtocolError
+from daaswarm.messages import (
+    Contact,
+    ExpertCall,
+    FindNode,
+    FindValue,
+    GetAdverts,
+    GetModelPart,
+    Reopen,
+    Reply,
+    Request,
+    Store,
+)
+from daaswarm.models.sources import LocalModel, list_models
+from daaswarm.net.addresses import parse_address
+from daaswarm.net.dataplane import TcpNetwork
+from daaswarm.net.discovery import Discovery
+from daaswarm.node.answering import Answering
+from daaswarm.node.hosting import Hosting, Wish
+from daaswarm.node.neighbour import GoodNeighbour
+from daaswarm.node.operating import Operating
+from daaswarm.node.remembering import Remembering
+from daaswarm.node.reporting import Emit, Event
+from daaswarm.node.sharing import Sharing
+from daaswarm.store.data_dir import DataDir
+from daaswarm.store.node_store import NodeStore
+from daaswarm.types import PeerId
+
+if TYPE_CHECKING:
+    from daaswarm.net.frames import Buffer
+
+LIBP2P_S = 15.0  # a second of imports, on a busy machine; then the node is ready without it
+DRAIN_S = 10.0  # for calls in flight when the node leaves; requesters wait no longer than that either
+SUM_BYTES = 4  # of one value of an answer: f32
+LEAVE_S = 2.0  # for telling the swarm goodbye: a round trip or two; the records expire by themselves anyway
+
+logger = logging.getLogger(__name__)
+
+
+class SwarmCoordinator:
+    """A running node. Made by :func:`daaswarm.node.life.open_node`.
+
+    Args:
+        network: carries all calls.
+        discovery: finds peers and adverts.
+        store: what is remembered from one run to the next.
+        nursery: runs what outlives single requests; cancelled when the node has left.
+        is_owner: the node runs on its data directory, rather than for one answer.
+    """
+
+    def __init__(
+        self,
+        data_dir: DataDir,
+        config: Config,
+        network: TcpNetwork,
+        discovery: Discovery,
+        store: NodeStore,
+        nursery: trio.Nursery,
+        *,
+        is_owner: bool,
+    ) -> None:
+        self.data_dir = data_dir
+        self.config = config
+        self.network = network
+        self.discovery = discovery
+        self.hosting = Hosting(config, discovery)
+        self.answering = Answering(config, network, discovery, self.hosting, nursery)
+        self.memory = Remembering(store, network, discovery, is_owner=is_owner)
+        self.neighbour = GoodNeighbour(config.host, self.hosting.set_pause)
+        self.sharing = Sharing(self.hosting, self.neighbour)
+        self.operating = Operating(config, network, discovery, self.hosting, store, self.bootstrap)
+        self.started_at = time.time()
+        self.has_bootstrap = False
+        self.libp2p_settled = trio.Event()  # it runs, or won't
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self.network.peer_id
+
+    @property
+    def addrs(self) -> list[str]:
+        return list(self.network.contact.addrs) if self.network.contact else []
+
+    # -- answering others ---------------------------------------------------------------------------------------
+
+    def handle_inline(self, peer: PeerId, message: Request, body: memoryview) -> tuple[Reply, Sequence[Buffer]] | None:
+        """Small expert calls, computed where they arrive."""
+        if not isinstance(message, ExpertCall) or self.hosting.service is None:
+            return None
+        if not self.neighbour.may_send_now(message.rows * message.hidden * SUM_BYTES):
+            return None
+        with self.memory.noting_refusal(peer, message, self.hosting.service):
+            answer = self.hosting.service.serve_inline(peer, message, body)
+        if answer is not None:
+            self.neighbour.note_sent(message.rows * message.hidden * SUM_BYTES)
+            self.memory.note_served(peer, message, body, answer[1])
+        return answer
+
+    async def handle(
+        self, peer: PeerId, contact: Contact | None, message: Request, body: memoryview, deadline_s: float
+    ) -> tuple[Reply, Sequence[Buffer]]:
+        """Everything else that peers ask."""
+        if isinstance(message, ExpertCall):
+            if self.hosting.service is None:
+                raise ExpertError("this node serves no experts", hint="ask for this peer's adverts")
+            with self.memory.noting_refusal(peer, message, self.hosting.service):
+                async with self.neighbour.uploading(message.rows * message.hidden * SUM_BYTES, deadline_s):
+                    answer = await self.hosting.service.serve(peer, message, body, deadline_s)
+            self.memory.note_served(peer, message, body, answer[1])
+            return answer
+        if isinstance(message, FindNode | FindValue | Store | GetAdverts):
+            return self.discovery.answer(peer, contact, message), ()
+        if isinstance(message, GetModelPart):
+            return await self.sharing.answer(message, deadline_s)
+        if isinstance(message, Reopen):
+            raise ExpertError("this host keeps no chain of past calls")
+        raise RemoteProtocolError(f"{type(message).__name__} is not answered by a node", reject=False)
+
+    # -- being one of the swarm ---------------------------------------------------------------------------------
+
+    async def bootstrap(self, addresses: list[str]) -> None:
+        """Meet the swarm through any of ``addresses``.
+
+        Raises:
+            ConfigError: none of them led to a peer; says why for each.
+        """
+        check_bootstrap(addresses)
+        reached: list[Contact] = []
+        refused: list[str] = []
+
+        async def dial(address: str) -> None:
+            try:
+                reached.append(await self.network.connect_addr(address))
+            except DaaswarmError as error:  # also Busy, or lost in the handshake: another address may do
+                refused.append(error.message if address in error.message else f"{address}: {error.message}")
+
+        async with trio.open_nursery() as nursery:
+            for address in addresses:
+                nursery.start_soon(dial, address)
+        if addresses and not reached:
+            raise ConfigError(
+                "no bootstrap address led to the swarm: " + "; ".join(sorted(refused)),
+                hint="copy the address from the ready line of a running node; is it running, and is the port open?",
+            )
+        for text in refused:
+            logger.warning("bootstrap %s", text)
+        if reached:
+            self.has_bootstrap = True
+            self.discovery.join(reached)
+            await self.discovery.lookup(get_node_id(self.peer_id), "nodes")
+
+    async def wait_for_libp2p(self) -> None:
+        """Until libp2p peers can connect too: what ``ready`` promises."""
+        with trio.move_on_after(LIBP2P_S):
+            await self.libp2p_settled.wait()
+
+    async def leave(self) -> None:
+        """Admit no calls any more, say so to the swarm, answer the calls in flight as far as :data:`DRAIN_S` allows,
+        and save."""
+        self.neighbour.leave()
+
+        async def say_goodbye() -> None:
+            with trio.move_on_after(LEAVE_S):
+                await self.discovery.leave()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(say_goodbye)
+            with trio.move_on_after(DRAIN_S):
+                await self.network.drain()
+        self.sharing.close()
+        await self.memory.save()
+
+    # -- what a node is for -------------------------------------------------------------------------------------
+
+    async def host(self, params: Event, emit: Emit) -> None:
+        """Serve experts until cancelled. Emits progress, then ``ready``.
+
+        Raises:
+            ConfigError: a bad model, range or address.
+        """
+        check_bootstrap(params["bootstrap"])
+        wish = await self.hosting.check(params, emit)
+        await self.memory.note_model(wish.model)
+        await self.bootstrap(params["bootstrap"])
+        await self.serve(wish, emit)
+
+    async def serve(self, wish: Wish, emit: Emit) -> None:
+        """Serve experts until cancelled, in the swarm that was met before."""
+        async with self.hosting.serve(wish, emit) as hosted:
+            await self.wait_for_libp2p()
+            logger.info("%s", "; ".join(hosted["lines"]))
+            await emit({"event": "ready", "peer_id": self.peer_id, "addrs": self.addrs, **hosted})
+            await trio.sleep_forever()
+
+    async def infer(self, params: Event, emit: Emit) -> Event:
+        """One answer; pieces of text are emitted as they come. Returns the result object.
+
+        Raises:
+            NoPeerCouldServe: experts without a live host.
+            ConfigError: a bad prompt, model or address.
+        """
+        model = await self._prepare_asking(params, emit)
+        embedded = await self._count_embedded(params, emit)
+        result = await self.answering.answer(model, params, emit, embedded=embedded)
+        if not result["embedded"]:  # hosts that end with this answer, or this chat, are nobody to remember
+            self.memory.note_asked(result)
+        return result
+
+    async def chat(self, params: Event, emit: Emit) -> None:
+        """Hold what the answers of a chat have in common, until cancelled: where there is nobody else to ask, hosts on
+        this machine. Emits ``open`` when the first question may come; each is an :meth:`infer` of its own.
+
+        Raises:
+            ConfigError: a bad model or address, or a model that holds no conversations.
+        """
+        model = await self._prepare_asking({**params, "prompt": "?", "raw": False}, emit)
+        await self.answering.check_conversation(model)
+        embedded = await self._count_embedded(params, emit)
+        opened = {"event": "open", "model": model.name, "model_root": model.root, "embedded": embedded}
+        if embedded is None:
+            await emit(opened)
+            await trio.sleep_forever()
+            return
+        async with self.answering.hold_embedded(model, embedded, params["dtype"], emit):
+            await emit(opened)
+            await trio.sleep_forever()
+
+    async def _prepare_asking(self, params: Event, emit: Emit) -> LocalModel:
+        check_bootstrap(params["bootstrap"])
+        model = await self.answering.check(params, emit)
+        await self.memory.note_model(model)
+        await self.bootstrap(params["bootstrap"])
+        return model
+
+    async def _count_embedded(self, params: Event, emit: Emit) -> int | None:
+        """How many hosts have to be started here; ``None``: others are there to be asked."""
+        if params["embedded"] is not None or not self.is_alone():
+            return params["embedded"]
+        count = self.config.infer.embedded_hosts
+        text = f"no bootstrap address is configured or given: running --embedded {count} (hosts on this machine)"
+        await emit({"event": "message", "text": text})
+        return count
+
+    def is_alone(self) -> bool:
+        """Whether there is nobody to ask, not even this node itself."""
+        return not self.has_bootstrap and self.hosting.service is None and not self.discovery.get_known()
+
+    def get_status(self) -> Event:
+        """What ``daaswarm status`` shows."""
+        return {
+            "running": True,
+            "pid": os.getpid(),
+            "peer_id": self.peer_id,
+            "data_dir": str(self.data_dir.path),
+            "addrs": self.addrs,
+            "uptime_s": round(time.time() - self.started_at, 1),
+            "tasks": trio.lowlevel.current_statistics().tasks_living,
+            "known_peers": [contact.peer_id for contact in self.discovery.get_known()],
+            "hosted": self.hosting.describe(),
+            "paused": self.neighbour.describe(),
+            "models": [{"name": m.name, "root": m.root, "folder": str(m.folder)} for m in list_models(get_cache_dir())],
+        }
+
+    async def control(self, method: str, params: Event, emit: Emit) -> Event:
+        """What commands that attach to this node may ask."""
+        if method == "status":
+            return self.get_status()
+        if method == "infer":
+            return await self.infer(params, emit)
+        if method == "chat":
+            await self.chat(params, emit)
+            return {}
+        if method == "host":
+            await self.host(params, emit)
+            return {}
+        result = await self.operating.run(method, params, emit)
+        if result is not None:
+            return result
+        raise ConfigError(f"unknown method {method!r}", hint="is the node of another version?")
+
+
+def check_bootstrap(addresses: list[str]) -> None:
+    """Raises:
+    ConfigError: an address is none, or names no peer.
+    """
+    for address in addresses:
+        if parse_address(address).peer_id is None:
+            raise ConfigError(f"--bootstrap {address} names no PeerId", hint="it ends in /p2p/12D3Koo…")
