@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test check format bench fuzz soak kill-store clean
+.PHONY: help demo test check format bench parity fuzz soak kill-store clean
 
 help:
 	@echo "make demo    set up, then ask a real model whose experts sit on three host processes"
@@ -15,6 +15,7 @@ help:
 	@echo "make check   lint, types, import rules"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make bench   parity, speed ratio and expert calls on this machine"
+	@echo "make parity  tiny models of every architecture, split beside whole; writes docs/reference/architectures.md (7 minutes)"
 	@echo "make fuzz    coverage-guided fuzzing of all that strangers' bytes reach (MINUTES=10 in all)"
 	@echo "make soak    a swarm under a nemesis (MINUTES=30 HOSTS=4 REQUESTERS=3 SEED=0)"
 	@echo "make kill-store  kill -9 of a node that writes, 100 times; nothing acknowledged may be lost (KILLS=100)"
@@ -56,6 +57,9 @@ bench: $(VENV)/run.stamp
 	$(BIN)/daaswarm bench expert --expert nop --callers 1
 	$(BIN)/daaswarm bench expert --expert nop --callers 64
 	$(BIN)/daaswarm bench expert --expert ffn --callers 64
+
+parity: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks.architectures
 
 $(VENV)/fuzz.stamp: $(VENV)/dev.stamp
 	$(PIP) install --quiet --editable ".[fuzz]"

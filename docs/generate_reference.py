@@ -27,7 +27,7 @@ GENERATED = "<!-- Written by docs/generate_reference.py: change the program, not
 DOTTED = 2  # parts of a setting's name
 
 # The section of the settings that a command's flags override.
-SECTIONS = {"infer": ["infer", "network"], "host-expert": ["host", "network"], "join": ["network"]}
+SECTIONS = {"infer": ["infer", "network"], "host-expert": ["host", "network"], "join": ["network", "host"]}
 
 # What each setting means. A test compares the names with those that the program knows.
 MEANINGS = {
@@ -36,7 +36,11 @@ MEANINGS = {
     "network.announce": "Addresses to tell others instead of those listened on, for a node behind a router.",
     "network.swarm": "Name of the swarm. Nodes of different swarms refuse each other. It is a name, not a secret.",
     "network.libp2p": "Also accept libp2p and WebSocket connections on the same port.",
-    "host.memory": "How much `host-expert` fills when no ranges are given: `2GB` (decimal) or `2GiB` (binary).",
+    "host.memory": "The most that all experts of a node take together; `2GB` (decimal) or `2GiB` (binary).",
+    "host.nice": "How far this program stands behind others, 0 to 19, as Unix counts it.",
+    "host.pause_when_busy": "Pause while other programs use more than this share of all cores; 0 never pauses.",
+    "host.quiet_hours": "When to compute nothing for others, like `08:00-18:00`: local time, may span midnight.",
+    "host.upload": "The most bytes a second that answers to others take, like `50MB`; empty for no limit.",
     "host.dtype": "What a host computes in.",
     "host.threads": "Threads that a host computes with; 0 leaves the choice to torch (one per core).",
     "infer.model": "The model that `infer` asks: the default's name, a folder or a GGUF file.",

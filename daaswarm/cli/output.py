@@ -81,17 +81,17 @@ class Output:
     def event(self, event: dict[str, Any]) -> None:
         """Show one event of a command that runs for a while."""
         if event.get("event") == "progress":
-            self.progress(event["what"], event["done"], event["total"])
+            self.progress(event["what"], event["done"], event["total"], unit=event.get("unit", ""))
             self.json(event)
             return
         self.json(event)
         if event.get("event") == "message":
             self.message(event["text"])
 
-    def progress(self, what: str, done: int, total: int) -> None:
+    def progress(self, what: str, done: int, total: int, *, unit: str = "") -> None:
         """A bar on a terminal; nothing where nobody watches. With ``total`` 0 nobody can say how far it is."""
         if not self.as_json:
-            BARS.show(self.console, what, done, total)
+            BARS.show(self.console, what, done, total, unit=unit)
 
     def end_progress(self) -> None:
         BARS.end()

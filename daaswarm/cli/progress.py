@@ -7,6 +7,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.progress import TimeRemainingColumn as Remaining
 from rich.text import Text
 
+from daaswarm.types import format_bytes
+
 WIDE = 80  # columns; on a narrower terminal the bar gives its room to the words
 BAR, BAR_NARROW = 40, 8
 
@@ -18,8 +20,9 @@ class Bars:
         self._progress: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
 
-    def show(self, console: Console, what: str, done: int, total: int) -> None:
-        """Show how far ``what`` is; with ``total`` 0 that it goes on, and for how long it has.
+    def show(self, console: Console, what: str, done: int, total: int, *, unit: str = "") -> None:
+        """Show how far ``what`` is; with ``total`` 0 that it goes on, and for how long it has; with
+        ``unit`` "bytes" also how fast.
 
         A bar that is full goes away. Nothing is shown where nobody watches, or a cursor can't be moved.
         """
@@ -30,13 +33,14 @@ class Bars:
                 TextColumn("{task.description}"),
                 BarColumn(BAR if console.width >= WIDE else BAR_NARROW),
                 _Percentage(),
+                _Rate(),
                 _Time(),
                 console=console,
                 transient=True,
             )
             self._progress.start()
         if what not in self._tasks:
-            self._tasks[what] = self._progress.add_task(what, total=total or None)
+            self._tasks[what] = self._progress.add_task(what, total=total or None, unit=unit)
         self._progress.update(self._tasks[what], completed=done, total=total or None)
         if total and done >= total:
             self.drop(what)
@@ -63,6 +67,13 @@ class Bars:
 class _Percentage(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text("" if task.total is None else f"{task.percentage:>3.0f}%")
+
+
+class _Rate(ProgressColumn):
+    max_refresh = 0.5  # seconds
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{format_bytes(task.speed)}/s" if task.fields.get("unit") == "bytes" and task.speed else "")
 
 
 class _Time(ProgressColumn):

@@ -46,8 +46,10 @@ def run_async(
     set_up_logging(config.log.level)
     received: list[int] = []
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
-        numbers.append(signal.SIGHUP)
+    for name in ("SIGHUP", "SIGBREAK"):  # Unix: the terminal closed; Windows: Ctrl-Break
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            numbers.append(number)
 
     def get_code() -> int:
         if signal.SIGINT in received:

@@ -37,7 +37,7 @@ class KeptCache:
             kept, self._kept = self._kept, None
         if kept is not None:
             seen, cache = kept
-            common = min(get_common(tuple(seen), ids), len(ids) - 1)
+            common = min(get_common(seen, ids), len(ids) - 1)
             # Windows and recurrent states can't go back to an earlier token.
             can_crop = all(type(layer) is DynamicLayer for layer in cache.layers)
             if common >= KEPT_TOKENS_MIN and (common == len(seen) or can_crop):

@@ -112,9 +112,9 @@ class BatchCache(Cache):
         for i, count in enumerate(self.counts):
             self.lengths[self.window.start + i] += count
 
-    def move(self, source: int, target: int) -> None:
-        """Put one row where another was."""
-        length = self.lengths[target] = self.lengths[source]
+    def move(self, source: int, target: int, tokens: int | None = None) -> None:
+        """Put one row, or its first ``tokens``, where another was."""
+        length = self.lengths[target] = self.lengths[source] if tokens is None else tokens
         for layer in self._ragged:
             if layer.is_initialized:
                 assert layer.keys is not None and layer.values is not None

@@ -11,7 +11,7 @@ import inspect
 import logging
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -232,17 +232,20 @@ class Batch:
             self._kept_bytes -= sum(keys.nbytes + values.nbytes for keys, values in old)
 
     def _reuse(self, row: int, sequence: Sequence) -> None:
-        """Begin a row with the longest beginning that an earlier answer shares with it."""
-        best, best_count = None, KEPT_TOKENS_MIN - 1
-        for key in self._kept:
-            count = get_common(key, sequence.ids)
-            if count > best_count:
-                best, best_count = key, count
-        if best is None:
+        """Begin a row with the longest beginning that an earlier answer, or one under way, shares with it."""
+        most = sequence.ids[:-1]  # the last token has to be seen, for its logits
+        key = max(self._kept, key=lambda key: get_common(key, most), default=())
+        count = get_common(key, most)
+        for other in range(row):
+            there = get_common(self._rows[other].sequence.ids[: self._cache.lengths[other]], most)
+            if there > max(count, KEPT_TOKENS_MIN - 1):
+                self._cache.move(other, row, there)
+                key, count = (), there
+        if count < KEPT_TOKENS_MIN:
             return
-        count = min(best_count, len(sequence.ids) - 1)  # the last token has to be seen, for its logits
-        self._cache.copy_in(row, self._kept[best], count)
-        self._kept.move_to_end(best)
+        if key:
+            self._cache.copy_in(row, self._kept[key], count)
+            self._kept.move_to_end(key)
         sequence.reused_tokens = count
 
     # -- passes -------------------------------------------------------------------------------------------------
@@ -329,7 +332,7 @@ class Batch:
         return out.logits[:, -1]
 
 
-def get_common(a: tuple[int, ...], b: list[int]) -> int:
+def get_common(a: Iterable[int], b: Iterable[int]) -> int:
     """How many items two sequences have in common at their beginning."""
     count = 0
     for left, right in zip(a, b, strict=False):

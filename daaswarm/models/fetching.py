@@ -156,7 +156,7 @@ def _download(name: HubName, folder: Path, progress: Progress) -> None:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
-    lost: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, OSError)  # of its HTTP library, if it has one
+    lost: Any = (*HfHubHTTPError.__bases__, OSError)  # the first is that of the HTTP library it was built on
 
     def download(info: Any) -> None:
         allowed = [*FILES, "additional_chat_templates/*.jinja", "*.safetensors", "model.safetensors.index.json"]

@@ -86,7 +86,7 @@ class Deploying:
             if params["layers"] is None and params["experts"] is None and params["slices"] is None:
                 wanted = await self._choose(model, dtype, params["memory_bytes"])
             else:
-                wanted = get_held(model, {**params, "dtype": dtype, "memory_bytes": 0}) or {}
+                wanted = get_held(model, params) or {}
             before = self._get_held_here(model)
             self._check_not_lent(model, wanted)
             fresh = {layer: sorted(set(ids) - set(before.get(layer, ()))) for layer, ids in wanted.items()}

@@ -253,14 +253,18 @@ class _Pull:
     # -- peers --------------------------------------------------------------------------------------------------
 
     async def _find_sources(self) -> None:
-        """Those who host the model now; one that was merely slow or gone gets another chance."""
+        """Those who host the model now. One that was merely slow or gone gets another chance if nobody else is left."""
+        again: list[Source] = []
         for known in await self._discovery.find_adverts(self._root):
             peer = PeerId(known.advert.peer_id)
-            before = self._sources.get(peer)
-            if peer == self._network.peer_id or (before is not None and before.lied):
-                continue
-            contact = Contact(peer_id=peer, addrs=known.advert.addrs)
-            self._sources[peer] = Source(contact, nbytes=before.nbytes if before is not None else 0)
+            source = self._sources.get(peer)
+            if source is not None and source.dropped and not source.lied:
+                again.append(source)
+            elif source is None and peer != self._network.peer_id:
+                self._sources[peer] = Source(Contact(peer_id=peer, addrs=known.advert.addrs))
+        if all(source.dropped for source in self._sources.values()):
+            for source in again:
+                source.dropped = ""
 
     async def _ask(self, source: Source, kind: str, name: str, offset: int, size: int) -> tuple[int, memoryview]:
         request = GetModelPart(model_root=self._root, kind=kind, name=name, offset=offset, size=size)

@@ -356,7 +356,7 @@ def test_a_folder_that_is_a_file(refused: Callable[..., Said], home: Path, comma
         (["jion"], "jion"),
         (["join", "--lsten", "x"], "--lsten"),
         (["join", "extra"], "extra"),
-        (["infer"], "'prompt'"),
+        (["infer"], "the prompt is missing"),
         (["infer", "Hi", "--model", "x", "--seed", "one"], "--seed"),
         (["host-expert"], "'model'"),
         (["config", "set", "host.dtype"], "'value'"),

@@ -17,6 +17,7 @@ from daaswarm.cli.chat import Chat, complete
 from daaswarm.cli.output import Output
 from daaswarm.cli.plain_reader import PlainReader, is_plain
 from daaswarm.errors import ConfigError, Interrupted, NoPeerCouldServe
+from daaswarm.models.sources import find_model
 from tests.e2e.terminal import CTRL_C, ENTER, ESCAPE, terminal
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'][0] }}{{ m['content'] }}{% endfor %}a"
@@ -212,7 +213,8 @@ def test_a_chat_in_a_terminal(talkative: Path, cache: Path, tmp_path: Path) -> N
 
         say("first\\" + ENTER + "second" + ESCAPE + ENTER + "third" + ENTER, "/receipt says by whom]")
         say("\x1b[200~pasted\nlines\x1b[201~" + ENTER, "/receipt says by whom]")
-        assert "kept), 3 new" in say("/receipt" + ENTER, "ms a call")
+        receipt = say("/receipt" + ENTER, "ms a call")
+        assert "kept), 3 new" in receipt and "(this machine)" in receipt
         say(f"/save {tmp_path / 'talk.json'}" + ENTER, "4 turns")
         hosts = psutil.Process(chat.process.pid).children(recursive=True)
         for host in hosts:
@@ -235,6 +237,7 @@ def test_a_chat_in_a_terminal(talkative: Path, cache: Path, tmp_path: Path) -> N
 
 @pytest.mark.e2e
 def test_a_model_without_a_chat_template(moe: Path, cache: Path, tmp_path: Path) -> None:
+    find_model(str(moe), cache)
     options = ["--model", str(moe), "--data-dir", str(tmp_path / "home")]
     with terminal("infer", *options, DAASWARM_CACHE=str(cache)) as chat:
         assert chat.wait() == 2

@@ -204,7 +204,16 @@ def test_messages_start_on_a_line_of_their_own(capsys: pytest.CaptureFixture[str
 
 # -- starting -----------------------------------------------------------------------------------------------------
 
-HEAVY = ("torch", "transformers", "libp2p", "safetensors", "accelerate", "numpy", "daaswarm.node.life")
+HEAVY = (
+    "torch",
+    "prompt_toolkit",
+    "transformers",
+    "libp2p",
+    "safetensors",
+    "accelerate",
+    "numpy",
+    "daaswarm.node.life",
+)
 
 
 def get_imports(*arguments: str) -> set[str]:

@@ -97,15 +97,22 @@ def collect(group: Any, words: list[str]) -> list[Command]:
 
 COMMANDS = collect(typer.main.get_command(app), [])
 GROUPS = sorted({tuple(command.words[:-1]) for command in COMMANDS})
-every_command = pytest.mark.parametrize("command", COMMANDS, ids=[" ".join(command.words) for command in COMMANDS])
-
 # These need no settings, are there to mend them, or ask a node that has read them.
 WITHOUT_SETTINGS = {
     "completion show", "completion install", "config path", "logs", "reset", "bench expert", "peers list",
-    "expert deploy", "expert remove",
+    "expert deploy", "expert remove", "model list", "model remove",
 }  # fmt: skip
-# These need no data directory.
 WITHOUT_FOLDER = {"completion show", "completion install", "bench expert", "bench parity"}
+
+
+def for_each(wanted: Callable[[Command], bool]) -> Any:
+    """The test once for each such command."""
+    chosen = [command for command in COMMANDS if wanted(command)]
+    return pytest.mark.parametrize("command", chosen, ids=[" ".join(command.words) for command in chosen])
+
+
+every_command = for_each(lambda command: True)
+with_settings = for_each(lambda command: " ".join(command.words) not in WITHOUT_SETTINGS)
 
 
 @every_command
@@ -121,18 +128,14 @@ def test_an_unknown_option(command: Command, refused: Callable[..., Said]) -> No
     assert "--bogus" in said.message and said.hint == f"see daaswarm {' '.join(command.words)} --help"
 
 
-@every_command
+@for_each(lambda command: all(argument.nargs != -1 for argument in command.arguments))
 def test_an_argument_too_many(command: Command, refused: Callable[..., Said]) -> None:
-    if any(argument.nargs == -1 for argument in command.arguments):
-        pytest.skip("takes any number")
     said = refused(command.words, ["x"] * len(command.arguments) + ["surplus"], 2)
     assert "surplus" in said.message or "extra argument" in said.message
 
 
-@every_command
+@for_each(lambda command: bool(command.fill()))
 def test_an_argument_too_few(command: Command, refused: Callable[..., Said]) -> None:
-    if not command.fill():
-        pytest.skip("needs none")
     said = refused(command.words, command.fill()[:-1], 2)
     assert "Missing argument" in said.message or "is missing" in said.message
 
@@ -142,39 +145,31 @@ def test_an_option_without_its_value(command: Command, refused: Callable[..., Sa
     assert "--data-dir" in refused(command.words, [*command.fill(), "--data-dir"], 2).message
 
 
-@every_command
+@with_settings
 def test_settings_that_are_wrong(command: Command, refused: Callable[..., Said], home: Path) -> None:
-    if " ".join(command.words) in WITHOUT_SETTINGS:
-        pytest.skip("reads none")
     home.mkdir()
     (home / "config.toml").write_text("[network]\nlistn = 1\n")
     said = refused(command.words, make_valid(command), 2)
     assert str(home / "config.toml") in said.message and said.hint == "did you mean network.listen?"
 
 
-@every_command
+@with_settings
 def test_settings_that_are_no_settings(command: Command, refused: Callable[..., Said], home: Path) -> None:
-    if " ".join(command.words) in WITHOUT_SETTINGS:
-        pytest.skip("reads none")
     home.mkdir()
     (home / "config.toml").write_bytes(b"\xff\x00 = [")
     assert "is not TOML" in refused(command.words, make_valid(command), 2).message
 
 
-@every_command
+@for_each(lambda command: " ".join(command.words) not in {*WITHOUT_SETTINGS, "config set"})
 def test_a_bad_value_in_the_environment(
     command: Command, refused: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if " ".join(command.words) in {*WITHOUT_SETTINGS, "config set"}:
-        pytest.skip("reads none")
     monkeypatch.setenv("DAASWARM_HOST_THREADS", "several")
     assert "DAASWARM_HOST_THREADS" in refused(command.words, make_valid(command), 2).message
 
 
-@every_command
+@for_each(lambda command: " ".join(command.words) not in WITHOUT_FOLDER)
 def test_a_data_directory_that_is_a_file(command: Command, refused: Callable[..., Said], tmp_path: Path) -> None:
-    if " ".join(command.words) in WITHOUT_FOLDER:
-        pytest.skip("needs none")
     (tmp_path / "file").write_text("mine")
     said = refused(command.words, [*make_valid(command), "--data-dir", str(tmp_path / "file")], 2)
     assert str(tmp_path / "file") in said.message
@@ -268,6 +263,13 @@ BAD: list[tuple[list[str], list[str], int, str, str]] = [
     (["expert", "remove"], ["MOE", "--layers", "3-1"], 2, "3 is greater than 1", "1-3"),
     (["expert", "verify"], ["MOE"], 2, "no node runs here", "--bootstrap"),
     (["expert", "verify"], ["MOE", "--samples", "0"], 2, "--samples", "--help"),
+    (["model", "info"], ["gpt-17"], 2, "no model gpt-17", "model list"),
+    (["model", "info"], ["MOE", "--dtype", "f64"], 2, "f64", "bf16"),
+    (["model", "info"], ["MOE", "--hosts", "0"], 2, "--hosts", "--help"),
+    (["model", "info"], ["MOE", "--memory", "lots"], 2, "lots", "4GB"),
+    (["model", "pull"], ["no-such-model"], 2, "no-such-model", "model list"),
+    (["model", "prepare"], ["gpt-17"], 2, "gpt-17", "model list"),
+    (["model", "remove"], ["gpt-17"], 2, "gpt-17 is not in the cache", "model list"),
     (["completion", "show"], ["tcsh"], 2, "'tcsh' is no shell", "bash, zsh, fish"),
     (["completion", "install"], ["tcsh"], 2, "'tcsh' is no shell", "bash, zsh, fish"),
     (["bench", "expert"], ["--expert", "magic"], 2, "magic", "nop or ffn"),
@@ -291,7 +293,7 @@ def test_bad_input(
 def test_every_command_that_takes_something_is_in_the_table() -> None:
     named = {" ".join(command) for command, *_ in BAD}
     taking = {" ".join(c.words) for c in COMMANDS if len(c.parsed.params) > len(("data_dir", "json", "help"))}
-    assert taking - named <= {"init", "reset"}, "a command takes input, and the table has no bad one"
+    assert taking - named <= {"init", "reset", "model list"}, "a command takes input, and the table has no bad one"
 
 
 # -- the disk, the key, a reset without a terminal ----------------------------------------------------------------
@@ -339,6 +341,7 @@ GOOD: list[tuple[list[str], str]] = [
     (["logs"], "records"),
     (["peers", "list"], "peers"),
     (["expert", "list"], "hosted"),
+    (["model", "list"], "models"),
     (["reset", "--yes"], "removed"),
     (["reset", "--yes", "--all"], "bytes"),
     *((["completion", "show", shell], "script") for shell in SHELLS),
@@ -360,24 +363,34 @@ def test_good_input(capfd: pytest.CaptureFixture[str], arguments: list[str], fie
 
 
 @pytest.mark.e2e
-def test_a_node_a_host_and_an_answer(capfd: pytest.CaptureFixture[str], moe: Path, tmp_path: Path) -> None:
-    with running("join", "--data-dir", str(tmp_path / "join")) as joined:
-        address = joined.wait_for("ready")["addrs"][0]
-        host = ["host-expert", str(moe), "--bootstrap", address, "--data-dir", str(tmp_path / "host")]
-        with running(*host) as hosting:
-            hosting.wait_for("ready")
-            ask = ["infer", "Hi", "--model", str(moe), "--max-tokens", "2", "--data-dir", str(tmp_path / "join")]
-            assert run([*ask, "--json"]) == 0
-            out, err = capfd.readouterr()
-            result = [json.loads(line) for line in out.splitlines()][-1]
-            assert result["completion_tokens"] == 2 and len(result["hosts"]) == 1 and err == ""
-            assert run(ask) == 0
-            out, err = capfd.readouterr()
-            assert out == result["text"] + "\n" and re.fullmatch(r"\[2 tokens, .*\]\n", err)
-            assert run(["status", "--data-dir", str(tmp_path / "join"), "--json"]) == 0
-            assert json.loads(capfd.readouterr().out)["running"]
-            assert hosting.stop(signal.SIGINT) == 130
+def test_a_node_that_serves(capfd: pytest.CaptureFixture[str], moe: Path, tmp_path: Path) -> None:
+    """What needs a node: first with a part of the model, then with all of it."""
+    folder = ["--data-dir", str(tmp_path / "host")]
+
+    def use(*arguments: str, code: int = 0) -> tuple[dict[str, Any], str]:
+        """A command with --json and without; the result, and what people see of it."""
         capfd.readouterr()
-        assert run(ask) == 3  # nobody left who could serve
-        assert capfd.readouterr().err.startswith("error: tiny-olmoe: no live host for layers 0-2")
-        assert joined.stop(signal.SIGTERM) == 0
+        assert run([*arguments, *folder, "--json"]) == code, capfd.readouterr()
+        out, err = capfd.readouterr()
+        assert err == "", err
+        result = [json.loads(line) for line in out.splitlines()][-1]
+        assert run([*arguments, *folder]) == code
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err and "\x1b" not in out + err
+        return result, out + err
+
+    with running("host-expert", str(moe), "--layers", "0-1", *folder) as hosting:
+        hosting.wait_for("ready")
+        ask = ["infer", "Hi", "--model", str(moe), "--max-tokens", "2"]
+        result, shown = use(*ask, code=3)
+        assert result["error"]["code"] == "no_peer" and result["missing"] == {"2": list(range(8))}
+        assert re.search("^error: .*no live host for layer 2", shown) and "\nhint: " in shown
+        use("expert", "deploy", str(moe), "--layers", "2")
+        result, shown = use(*ask)
+        assert result["completion_tokens"] == 2 and len(result["hosts"]) == 1
+        assert re.fullmatch(re.escape(result["text"]) + r"\n\[2 tokens, .*\]\n", shown)
+        assert use("status")[0]["running"] and "running (process" in use("status")[1]
+        for command in (["expert", "list"], ["peers", "list"], ["logs"], ["model", "info", str(moe)]):
+            use(*command)
+        assert use("join", code=2)[0]["error"]["code"] == "bad_input"  # the folder is in use
+        assert hosting.stop(signal.SIGINT) == 130

@@ -159,6 +159,25 @@ def test_the_next_turn_begins_where_the_last_one_ended(model: Any) -> None:
     assert forgotten.reused_tokens == 0 and forgotten.token_ids == get_reference(model, again)
 
 
+def test_an_answer_begins_with_what_one_under_way_has(model: Any) -> None:
+    batch = make_batch(model)
+    prompt = make_ids(40)
+    made: list[Sequence] = []
+
+    class Stream(TextStream):
+        def add(self, token: int) -> None:
+            super().add(token)
+            if len(self.token_ids) == 2:
+                made.append(start(batch, model, [*prompt[:25], *make_ids(9, 4)]))
+
+    first = Sequence(model, "m", list(prompt), Sampling(max_tokens=TOKENS), Stream(TOKENIZER, [], lambda piece: None))
+    batch.submit(first, None, lambda: None)  # type: ignore[arg-type]
+    finish(batch)
+    assert first.token_ids == get_reference(model, prompt)
+    assert made[0].reused_tokens == 25
+    assert made[0].token_ids == get_reference(model, [*prompt[:25], *make_ids(9, 4)])
+
+
 def test_what_is_kept_is_bounded(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = make_batch(model)
     start(batch, model, make_ids(60))

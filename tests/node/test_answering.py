@@ -58,7 +58,7 @@ class FailingAnswering(Answering):
         self.asked.append(plan.dtype)
         if plan.dtype in self.failing:
             raise NoPeerCouldServe("nobody", text=self.text)
-        return {"dtype": plan.dtype}
+        return {"dtype": plan.dtype, "hosts": []}
 
 
 async def ask(answering: Answering, model: LocalModel, **params: Any) -> Any:
