@@ -518,7 +518,6 @@ async def test_what_goes_wrong_here_ends_the_calls_under_way(
 
 
 async def test_nobody_left_for_one_part_ends_the_calls_for_the_others(moe_model: LocalModel) -> None:
-    told = trio.Event()
     refused = 0
 
     async def fail(host: Host, call: ExpertCall, body: memoryview) -> Any:
@@ -529,10 +528,7 @@ async def test_nobody_left_for_one_part_ends_the_calls_for_the_others(moe_model:
     async def fail_then_be_silent(host: Host, call: ExpertCall, body: memoryview) -> Any:
         if len(host.calls) == 1:
             raise ExpertError("not yet")
-        try:
-            await trio.sleep_forever()
-        finally:
-            told.set()
+        await trio.sleep_forever()
 
     async with open_swarm(moe_model, {0: [0, 1, 2, 3]}, {0: [4, 5, 6, 7]}) as swarm:
         # Shares are routed in the order of PeerIds: the first one's call is under way when the second finds nobody.
@@ -541,8 +537,9 @@ async def test_nobody_left_for_one_part_ends_the_calls_for_the_others(moe_model:
         experts = swarm.make_experts(refreshed=swarm.make_plan([first]))
         with pytest.raises(NoPeerCouldServe):
             await compute(experts, 0, make_inputs(moe_model, 9))
-        with trio.fail_after(5):
-            await told.wait()
+        with trio.fail_after(5):  # less than the call's own deadline
+            while not all(connection.is_idle for connection in swarm.requester.connections):  # noqa: ASYNC110
+                await trio.sleep(0.01)
         assert refused == 1
 
 
