@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test check format bench parity fuzz soak kill-store clean
+.PHONY: help demo test check format bench parity fuzz soak kill-store clean answers
 
 help:
 	@echo "make demo    set up, then ask a real model whose experts sit on three host processes"
@@ -17,6 +17,7 @@ help:
 	@echo "make bench   parity, speed ratio and expert calls on this machine"
 	@echo "make parity  tiny models of every architecture, split beside whole; writes docs/reference/architectures.md (7 minutes)"
 	@echo "make fuzz    coverage-guided fuzzing of all that strangers' bytes reach (MINUTES=10 in all)"
+	@echo "make answers ten answers at once on one node, beside one after another"
 	@echo "make soak    a swarm under a nemesis (MINUTES=30 HOSTS=4 REQUESTERS=3 SEED=0)"
 	@echo "make kill-store  kill -9 of a node that writes, 100 times; nothing acknowledged may be lost (KILLS=100)"
 	@echo "make clean   remove the virtual environment and caches of this folder"
@@ -75,6 +76,9 @@ soak: REQUESTERS ?= 3
 soak: SEED ?= 0
 soak: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --hosts $(HOSTS) --requesters $(REQUESTERS) --seed $(SEED)
+
+answers: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks.answers
 
 kill-store: KILLS ?= 100
 kill-store: $(VENV)/dev.stamp
