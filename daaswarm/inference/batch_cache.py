@@ -68,6 +68,7 @@ class BatchCache(Cache):
         self.rows = 1
         self.room = FIRST_TOKENS
         self.lengths: list[int] = []  # tokens of each row in use
+        self._written: list[int] = []  # of each row, by passes that failed too
         self.window = slice(0, 0)  # rows of the pass
         self.starts: list[int] = []
         self.counts: list[int] = []
@@ -79,6 +80,7 @@ class BatchCache(Cache):
     def add(self) -> int:
         """A new, empty row behind the others."""
         self.lengths.append(0)
+        self._written.append(0)
         if len(self.lengths) > self.rows:
             self._resize(max(len(self.lengths), 2 * self.rows), self.room)
         return len(self.lengths) - 1
@@ -95,6 +97,8 @@ class BatchCache(Cache):
         self.longest = max(s + c for s, c in zip(self.starts, counts, strict=True))
         if self.longest > self.room:
             self._resize(self.rows, max(self.longest, 2 * self.room))
+        for i, (start, count) in enumerate(zip(self.starts, counts, strict=True), first):
+            self._written[i] = max(self._written[i], start + count)
         is_even = len(set(self.starts)) == 1 and len(set(counts)) == 1
         if is_even and (self.width == 1 or self.starts[0] == 0):
             return None
@@ -120,9 +124,20 @@ class BatchCache(Cache):
                 assert layer.keys is not None and layer.values is not None
                 layer.keys[target, :, :length] = layer.keys[source, :, :length]
                 layer.values[target, :, :length] = layer.values[source, :, :length]
+        self._wipe(target, length)
 
     def drop_last(self) -> None:
-        del self.lengths[-1]
+        self._wipe(len(self.lengths) - 1, 0)
+        del self.lengths[-1], self._written[-1]
+
+    def _wipe(self, row: int, length: int) -> None:
+        """Forget what lies behind a row's end: a NaN there would survive attention of zero."""
+        for layer in self._ragged:
+            if layer.is_initialized:
+                assert layer.keys is not None and layer.values is not None
+                layer.keys[row, :, length : self._written[row]] = 0
+                layer.values[row, :, length : self._written[row]] = 0
+        self._written[row] = length
 
     def copy_out(self, row: int) -> list[tuple[Tensor, Tensor]]:
         """A row's keys and values, each (heads, tokens, head width), by layer; none before the first pass."""
@@ -143,7 +158,7 @@ class BatchCache(Cache):
             assert layer.keys is not None and layer.values is not None
             layer.keys[row, :, :tokens] = keys[:, :tokens]
             layer.values[row, :, :tokens] = values[:, :tokens]
-        self.lengths[row] = tokens
+        self.lengths[row] = self._written[row] = tokens
 
     def free(self) -> None:
         """Give the memory back now. Cache and layers refer to each other, and the garbage collector, which counts

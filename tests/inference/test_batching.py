@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from daaswarm.errors import Busy, ConfigError, NoPeerCouldServe
-from daaswarm.inference import batching
+from daaswarm.inference import batch_cache, batching
 from daaswarm.inference.alone import KeptCache, generate_alone
 from daaswarm.inference.batch_cache import FIRST_TOKENS, BatchCache, RaggedLayer
 from daaswarm.inference.batching import KEPT_TOKENS_MIN, Batch, can_batch, get_common
@@ -176,6 +176,37 @@ def test_an_answer_begins_with_what_one_under_way_has(model: Any) -> None:
     assert first.token_ids == get_reference(model, prompt)
     assert made[0].reused_tokens == 25
     assert made[0].token_ids == get_reference(model, [*prompt[:25], *make_ids(9, 4)])
+
+
+def test_numbers_that_are_none_stay_with_their_answer(model: Any) -> None:
+    """One answer's keys become NaN, as they may in f16; who gets its place, and who shares its passes, is not hurt."""
+    batch = make_batch(model)
+    update = batch_cache.RaggedLayer.update
+
+    def spoil(self: Any, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        keys, values = update(self, key_states, value_states, *args, **kwargs)
+        first = batch._rows[0].sequence
+        if first.model_name == "spoiled" and self._cache.window.start == 0:
+            keys[0], values[0] = float("nan"), float("nan")
+        return keys, values
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_cache.RaggedLayer, "update", spoil)
+        spoiled = Sequence(model, "spoiled", make_ids(60), Sampling(max_tokens=3))
+        batch.submit(spoiled, None, lambda: None)  # type: ignore[arg-type]
+        other = start(batch, model, make_ids(9, 1), max_tokens=20)
+        add = other.add
+
+        def add_and_ask(token: int) -> None:
+            add(token)
+            if len(other.token_ids) == 6:  # the spoiled one has ended: its place is free
+                late.append(start(batch, model, make_ids(5, 2)))
+
+        late: list[Sequence] = []
+        other.add = add_and_ask  # type: ignore[method-assign]
+        finish(batch)
+    assert other.token_ids == get_reference(model, make_ids(9, 1), 20)
+    assert late[0].token_ids == get_reference(model, make_ids(5, 2))
 
 
 def test_what_is_kept_is_bounded(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
