@@ -200,13 +200,13 @@ def test_numbers_that_are_none_stay_with_their_answer(model: Any) -> None:
         def add_and_ask(token: int) -> None:
             add(token)
             if len(other.token_ids) == 6:  # the spoiled one has ended: its place is free
-                late.append(start(batch, model, make_ids(5, 2)))
+                late.append(start(batch, model, make_ids(70, 2)))  # longer: the other one looks behind its end
 
         late: list[Sequence] = []
         other.add = add_and_ask  # type: ignore[method-assign]
         finish(batch)
     assert other.token_ids == get_reference(model, make_ids(9, 1), 20)
-    assert late[0].token_ids == get_reference(model, make_ids(5, 2))
+    assert late[0].token_ids == get_reference(model, make_ids(70, 2))
 
 
 def test_what_is_kept_is_bounded(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
