@@ -116,7 +116,13 @@ class Batch:
         """Nobody waits for it any more. Calls under way end at once unless another answer needs them."""
         with self._lock:
             sequence.is_cancelled = True
+            left = [place for place in self._waiting if place.sequence is sequence]
+            for place in left:  # its place to wait is free at once
+                self._waiting.remove(place)
             self._stop_if_unwanted()
+        for place in left:
+            place.sequence.end("cancelled", Stopped())
+            place.on_end()
 
     def cancel_all(self) -> None:
         """The node is leaving."""

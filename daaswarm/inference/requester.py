@@ -128,8 +128,11 @@ class Requester:
 
     async def load(self, model: LocalModel, dtype: Dtype, progress: Progress) -> Trunk:
         """The model's trunk, from memory or disk."""
+        key = model.root, dtype
+        if key in self._trunks:  # not behind another model that is being loaded
+            trunk = self._trunks[key] = self._trunks.pop(key)
+            return trunk
         async with self._loading:
-            key = model.root, dtype
             if key not in self._trunks:
                 trunk = await trio.to_thread.run_sync(self._load, model, dtype, progress)
                 while len(self._trunks) >= TRUNKS:
@@ -242,7 +245,11 @@ class Requester:
 
     async def _work(self, batch: Batch) -> None:
         """Run a batch until it has nothing left to do."""
-        await self.run_model(batch.compute, batch.work, batch.cancel_all)
+        try:
+            await self.run_model(batch.compute, batch.work, batch.cancel_all)
+        except Exception:
+            # Its askers were told; the node, which also hosts, goes on.
+            logger.exception("answers of one model ended together")
 
     async def _complete_alone(self, model: LocalModel, trunk: Trunk, plan: HostPlan, sequence: Sequence) -> None:
         async with self._alone:

@@ -328,6 +328,17 @@ def test_too_many_are_told_to_come_later(model: Any, monkeypatch: pytest.MonkeyP
     assert all(s.has_ended for s in made)
 
 
+def test_who_leaves_the_queue_makes_room(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "WAITING", 2)
+    batch = make_batch(model)
+    made = [start(batch, model, make_ids(5)) for _ in range(2)]
+    batch.cancel(made[0])
+    assert isinstance(made[0].error, Stopped)
+    other = start(batch, model, make_ids(5))
+    finish(batch)
+    assert made[0].token_ids == [] and other.error is None and made[1].error is None
+
+
 def test_padding_is_not_sent_to_hosts(model: Any) -> None:
     batch = make_batch(model)
     seen: list[int] = []

@@ -15,6 +15,7 @@ import trio
 from daaswarm.core.adverts import Known, to_bitmap
 from daaswarm.core.router import ReplicaRouter
 from daaswarm.errors import ConfigError, ModelError, NoPeerCouldServe, unwrap_groups
+from daaswarm.inference.batch_cache import BatchCache
 from daaswarm.inference.plan import HostPlan, make_plan
 from daaswarm.inference.prompt import Prompt, encode_prompt
 from daaswarm.inference.requester import TRUNKS, Requester, SharedRouter
@@ -237,6 +238,18 @@ async def test_trunks_are_kept_and_the_oldest_goes(model: LocalModel, monkeypatc
         for dtype in ("f32", "bf16", "f32", "f16", "f32", "bf16"):
             assert await its.requester.load(model, dtype, ignore_progress) == dtype  # type: ignore[arg-type]
         assert loaded == ["f32", "bf16", "f16", "bf16"]  # f32 was used in between
+
+
+async def test_a_bug_in_a_batch_costs_its_answers_only(model: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: BatchCache) -> int:
+        raise RuntimeError("no memory for another row")
+
+    async with asking(model, *HALVES) as its:
+        with monkeypatch.context() as patch:
+            patch.setattr(BatchCache, "add", fail)
+            with pytest.raises(RuntimeError, match="another row"):
+                await its.ask("Hello")
+        await its.ask("Hello")
 
 
 async def test_a_model_without_a_tokenizer(model: LocalModel) -> None:
