@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from daaswarm.cli.complete import complete_peers
 from daaswarm.cli.host_expert import complete_models, locate_model
 from daaswarm.cli.options import BootstrapOption, DataDirOption, JsonOption, open_data_dir, read_config
 from daaswarm.cli.output import Output
@@ -33,18 +34,6 @@ ModelArgument = Annotated[
 LayersOption = Annotated[str | None, typer.Option("--layers", help="Layers, like 0-14 (inclusive).")]
 ExpertsOption = Annotated[str | None, typer.Option("--experts", help="Experts of a mixture-of-experts model.")]
 SlicesOption = Annotated[str | None, typer.Option("--slices", help="Slices of a dense model's feed-forward nets.")]
-
-
-def complete_peers(incomplete: str) -> list[str]:
-    """Those that this computer's node has met."""
-    from daaswarm.store.database import read_database
-
-    try:
-        with read_database(open_data_dir(None).database_path) as database:
-            peers = [] if database is None else database.get_peers()
-    except StorageError:
-        return []
-    return [peer.peer_id for peer in peers if peer.peer_id.startswith(incomplete)]
 
 
 @app.command("list")

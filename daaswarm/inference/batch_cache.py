@@ -74,6 +74,7 @@ class BatchCache(Cache):
         self.counts: list[int] = []
         self.width = 0  # tokens that the pass brings, at most
         self.longest = 0
+        self.positions = torch.zeros((0, 0), dtype=torch.long)  # (rows, width): places in their texts; 0 for padding
         self._ragged = [RaggedLayer(self) for _ in range(layers)]
         super().__init__(layers=list(self._ragged))
 
@@ -99,17 +100,13 @@ class BatchCache(Cache):
             self._resize(self.rows, max(self.longest, 2 * self.room))
         for i, (start, count) in enumerate(zip(self.starts, counts, strict=True), first):
             self._written[i] = max(self._written[i], start + count)
+        ends = torch.tensor([s + c for s, c in zip(self.starts, counts, strict=True)])
+        # Padding is before the start.
+        self.positions = (ends[:, None] - self.width + torch.arange(self.width)).clamp(min=0)
         is_even = len(set(self.starts)) == 1 and len(set(counts)) == 1
         if is_even and (self.width == 1 or self.starts[0] == 0):
             return None
-        ends = torch.tensor([s + c for s, c in zip(self.starts, counts, strict=True)])
-        positions = ends[:, None] - self.width + torch.arange(self.width)  # (rows, width); padding is below the start
-        return (torch.arange(self.longest) <= positions.clamp(min=0)[..., None])[:, None]
-
-    def get_positions(self) -> Tensor:
-        """(rows, width) int64: the places in their texts of the tokens that the pass brings; 0 for padding."""
-        ends = torch.tensor([s + c for s, c in zip(self.starts, self.counts, strict=True)])
-        return (ends[:, None] - self.width + torch.arange(self.width)).clamp(min=0)
+        return (torch.arange(self.longest) <= self.positions[..., None])[:, None]
 
     def commit(self) -> None:
         """Keep what the pass wrote."""

@@ -8,7 +8,6 @@ prompt goes through the model (*prefill*), then it takes part in each *decode* p
 from __future__ import annotations
 
 import inspect
-import logging
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
@@ -33,8 +32,6 @@ RETRY_AFTER_S = 5.0  # told to who finds no place even to wait
 PREFILL_TOKENS = 256  # of prompts in one pass, so that answers under way pause for a second at most
 KEPT_BYTES = 256 * 1024 * 1024  # keys and values of ended answers, for the next turns of their conversations
 KEPT_TOKENS_MIN = 16  # a shorter common beginning isn't worth a copy
-
-logger = logging.getLogger(__name__)
 
 
 def can_batch(model: Any) -> bool:
@@ -323,7 +320,7 @@ class Batch:
             out = self._model(
                 input_ids=ids,
                 attention_mask=mask,
-                position_ids=self._cache.get_positions(),
+                position_ids=self._cache.positions,
                 past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=1,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from daaswarm.errors import ConfigError, ModelError
+from daaswarm.errors import ModelError
 from daaswarm.models.checkpoint import read_config
 from daaswarm.models.files import has_tokenizer
 from daaswarm.models.sources import LocalModel
@@ -32,14 +32,12 @@ def check_prompt(model: LocalModel, text: str, system: str | None, raw: bool) ->
     if (context is None or most < context) and (system is None or (_has_template(model) and not raw)):
         return
     from daaswarm.inference.prompt import Prompt, encode_prompt
+    from daaswarm.inference.sequence import check_fits
     from daaswarm.models.trunk import load_tokenizer
 
     tokens = len(encode_prompt(Prompt(text, system=system, raw=raw), load_tokenizer(model), model.name))
-    if context is not None and tokens >= context:
-        raise ConfigError(
-            f"the prompt has {tokens} tokens; {model.name} takes {context} with the answer",
-            hint="shorten the prompt",
-        )
+    if context is not None:
+        check_fits(tokens, context, model.name)
 
 
 def check_conversation(model: LocalModel) -> None:

@@ -15,7 +15,7 @@ import torch
 import trio
 
 from daaswarm.core.router import ReplicaRouter
-from daaswarm.errors import DaaswarmError, NoPeerCouldServe
+from daaswarm.errors import NoPeerCouldServe
 from daaswarm.inference.alone import KeptCache, generate_alone
 from daaswarm.inference.batching import Batch, can_batch
 from daaswarm.inference.plan import HostPlan
@@ -24,11 +24,10 @@ from daaswarm.inference.rope import separate_ropes
 from daaswarm.inference.sequence import Sequence
 from daaswarm.inference.swarm_experts import LocalCompute, SwarmExperts
 from daaswarm.inference.text_stream import TextStream
-from daaswarm.messages import Contact
 from daaswarm.models.manifest import Progress
 from daaswarm.models.sources import LocalModel
 from daaswarm.models.trunk import ExpertsFn, load_tokenizer, load_trunk
-from daaswarm.net.network import Network
+from daaswarm.net.network import Network, connect_all
 from daaswarm.types import DTYPE_BYTES, Dtype, ModelRoot, PeerId
 
 TRUNKS = 2  # kept loaded by a node: the model in use and the one before
@@ -129,18 +128,15 @@ class Requester:
     async def load(self, model: LocalModel, dtype: Dtype, progress: Progress) -> Trunk:
         """The model's trunk, from memory or disk."""
         key = model.root, dtype
-        if key in self._trunks:  # not behind another model that is being loaded
-            trunk = self._trunks[key] = self._trunks.pop(key)
-            return trunk
-        async with self._loading:
-            if key not in self._trunks:
-                trunk = await trio.to_thread.run_sync(self._load, model, dtype, progress)
-                while len(self._trunks) >= TRUNKS:
-                    del self._trunks[next(iter(self._trunks))]
-            else:
-                trunk = self._trunks.pop(key)
-            self._trunks[key] = trunk  # the last used comes last
-            return trunk
+        if key not in self._trunks:  # else not behind another model that is being loaded
+            async with self._loading:
+                if key not in self._trunks:  # while it waited
+                    trunk = await trio.to_thread.run_sync(self._load, model, dtype, progress)
+                    while len(self._trunks) >= TRUNKS:
+                        del self._trunks[next(iter(self._trunks))]
+                    self._trunks[key] = trunk
+        trunk = self._trunks[key] = self._trunks.pop(key)  # the last used comes last
+        return trunk
 
     def _load(self, model: LocalModel, dtype: Dtype, progress: Progress) -> Trunk:
         def experts(
@@ -166,19 +162,9 @@ class Requester:
 
     async def _find_again(self, model: LocalModel, dtype: Dtype) -> HostPlan:
         """Hosts as of now, connected where they can be: the model's thread only calls."""
-
-        async def connect(contact: Contact) -> None:
-            try:
-                await self._network.connect(contact)
-            except DaaswarmError as error:
-                logger.info("host %s: %s", contact.peer_id, error)
-
         plan = await self._find_hosts(model, dtype)
         with trio.move_on_after(CONNECT_S):  # the dials go on
-            async with trio.open_nursery() as nursery:
-                for peer, contact in plan.contacts.items():
-                    if peer != self._network.peer_id and not self._network.is_connected(peer):
-                        nursery.start_soon(connect, contact)
+            await connect_all(self._network, plan.contacts.values())
         return plan
 
     async def answer(

@@ -207,12 +207,19 @@ def get_room(model: Any, prompt_tokens: int, max_tokens: int, model_name: str) -
     context = get_context(model)
     if context is None:
         return max_tokens
+    check_fits(prompt_tokens, context, model_name)
+    return min(max_tokens, context - prompt_tokens)
+
+
+def check_fits(prompt_tokens: int, context: int, model_name: str) -> None:
+    """Raises:
+    ConfigError: the prompt alone fills the model's context.
+    """
     if prompt_tokens >= context:
         raise ConfigError(
             f"the prompt has {prompt_tokens} tokens; {model_name} takes {context} with the answer",
             hint="shorten the prompt",
         )
-    return min(max_tokens, context - prompt_tokens)
 
 
 def get_pad_token(model: Any) -> int:

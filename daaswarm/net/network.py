@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Protocol
 
+import trio
+
+from daaswarm.errors import DaaswarmError
 from daaswarm.messages import Contact, Reply, Request
 from daaswarm.net.frames import Buffer
 from daaswarm.net.pending import PendingCall
 from daaswarm.types import PeerId
+
+logger = logging.getLogger(__name__)
 
 Answer = tuple[Reply, Sequence[Buffer]]
 """A reply and the parts of its body, which must not change any more: they may be written later."""
@@ -78,3 +84,18 @@ class Network(Protocol):
     async def disconnect(self, peer_id: PeerId, reason: str) -> None:
         """End the connections to a peer (banned, or no longer wanted)."""
         ...
+
+
+async def connect_all(network: Network, contacts: Iterable[Contact]) -> None:
+    """Have a live connection to each of them but this node itself; who can't be reached is logged."""
+
+    async def connect(contact: Contact) -> None:
+        try:
+            await network.connect(contact)
+        except DaaswarmError as error:
+            logger.info("host %s: %s", contact.peer_id, error)
+
+    async with trio.open_nursery() as nursery:
+        for contact in contacts:
+            if contact.peer_id != network.peer_id:
+                nursery.start_soon(connect, contact)

@@ -13,11 +13,12 @@ import trio
 
 from daaswarm.config import Config
 from daaswarm.core.adverts import choose_dtype, leave_out_paused, rank_dtypes
-from daaswarm.errors import ConfigError, DaaswarmError, NoPeerCouldServe
-from daaswarm.messages import Contact, ExpertCall
+from daaswarm.errors import ConfigError, NoPeerCouldServe
+from daaswarm.messages import ExpertCall
 from daaswarm.models.sources import LocalModel
 from daaswarm.net.dataplane import TcpNetwork
 from daaswarm.net.discovery import Discovery
+from daaswarm.net.network import connect_all
 from daaswarm.node.hosting import Hosting
 from daaswarm.node.reporting import Emit, Event, get_model, make_progress
 from daaswarm.types import Dtype, PeerId
@@ -163,17 +164,7 @@ class Answering:
 
     async def connect_hosts(self, plan: HostPlan) -> None:
         """Have a live connection to each host before the model's thread needs it."""
-
-        async def connect(contact: Contact) -> None:
-            try:
-                await self._network.connect(contact)
-            except DaaswarmError as error:
-                logger.info("host %s: %s", contact.peer_id, error)
-
-        async with trio.open_nursery() as nursery:
-            for contact in plan.contacts.values():
-                if contact.peer_id != self._network.peer_id:
-                    nursery.start_soon(connect, contact)
+        await connect_all(self._network, plan.contacts.values())
 
     async def get_requester(self) -> Requester:
         """The part that asks; importing it takes seconds, in a thread."""
