@@ -149,6 +149,10 @@ class StorageError(DaaswarmError):
     code = "storage"
 
 
+class OutcomeUnknown(StorageError):
+    """The disk has not answered yet, and it is too late to take the write back: it may happen or not."""
+
+
 class NoPeerCouldServe(DaaswarmError):
     """No live host for some experts. Exit code 3.
 

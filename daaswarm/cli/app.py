@@ -29,7 +29,7 @@ from daaswarm.cli import (
 )
 from daaswarm.cli.output import Output
 from daaswarm.cli.progress import BARS
-from daaswarm.cli.streams import set_up_streams
+from daaswarm.cli.streams import finish_writing, set_up_streams
 from daaswarm.errors import (
     EXIT_BAD_INPUT,
     EXIT_OK,
@@ -94,6 +94,7 @@ def main() -> None:
         if code == EXIT_OK:
             code = tell_lost(error)
     sys.stderr.flush()
+    finish_writing()
     if (cache := sys.modules.get("daaswarm.models.cache")) is not None:
         cache.remove_unfinished()  # as at a normal exit
     # Everything is closed by now. Tearing down torch's modules one by one takes over a second, and a thread that was

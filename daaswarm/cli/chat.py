@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -89,6 +89,16 @@ class Chat:
         self._answering.cancel()
         return True
 
+    @contextmanager
+    def _stoppable(self) -> Iterator[trio.CancelScope]:
+        """What :meth:`interrupt` ends, as long as it lasts."""
+        with trio.CancelScope() as scope:
+            self._answering = scope
+            try:
+                yield scope
+            finally:
+                self._answering = None
+
     async def _take_turn(self, nursery: trio.Nursery) -> bool:
         try:
             text = await self._reader.read()
@@ -113,7 +123,7 @@ class Chat:
             if word == "/model" and rest.strip():
                 await self._change_model(rest.strip(), nursery)
             else:
-                self._obey(word, rest.strip())
+                await self._obey(word, rest.strip())
         except DaaswarmError as error:
             self._output.error(error)
         return True
@@ -127,7 +137,7 @@ class Chat:
         self._output.progress(WAITING, 0, 0)
         result: dict[str, Any] = {}
         failed: DaaswarmError | None = None
-        with trio.CancelScope() as self._answering:
+        with self._stoppable():
             try:
                 with unwrap_groups():
                     params = {**self._params, "prompt": text, "history": self.history, "bootstrap": []}
@@ -136,7 +146,6 @@ class Chat:
                     result = await self._call("infer", params, self._show)
             except DaaswarmError as error:
                 failed = error
-        self._answering = None
         self._output.end_progress()
         self._output.end_line()
         answer = result.get("text", "".join(self._written))
@@ -178,11 +187,10 @@ class Chat:
         """Go on with another model, the conversation so far included; if it can't be asked, with the one before."""
         params = {**self._params, "model": locate_model(name), "embedded": self._embedded}
         before = self._holding
-        with trio.CancelScope() as self._answering, unwrap_groups():
+        with self._stoppable() as scope, unwrap_groups():
             await nursery.start(self._hold, params)
-        was_stopped, self._answering = self._answering.cancelled_caught, None
         self._output.end_progress()
-        if was_stopped:
+        if scope.cancelled_caught:
             self._say("stopped")
             return
         if before is not None:
@@ -190,13 +198,14 @@ class Chat:
         self._params = params
         self._say(f"now with {name}")
 
-    def _obey(self, word: str, rest: str) -> None:
+    async def _obey(self, word: str, rest: str) -> None:
         if word == "/help":
             for command, meaning in COMMANDS.items():
                 self._say(f"  {command:<14} {meaning}")
             self._say("Esc-Enter or a \\ at the end starts a new line. Ctrl-C stops an answer.")
         elif word == "/model":
-            self._say(f"{self._params['model']}; others here: {', '.join(complete_models(''))}")
+            others = await trio.to_thread.run_sync(complete_models, "")  # reads the disk
+            self._say(f"{self._params['model']}; others here: {', '.join(others)}")
         elif word == "/system":
             self._params["system"] = rest or None
             self._say("from now on" if rest else "no system prompt from now on")

@@ -51,6 +51,9 @@ def list_experts(
 ) -> None:
     """Show which experts this node holds, or with --available who in the swarm serves what.
 
+    The swarm can only be asked about a model. Without --model that is the default one, those in the cache, and all that
+    known peers serve.
+
     Example: daaswarm expert list --available --model smollm2-135m-instruct
     """
     output = Output(as_json=as_json)
@@ -79,6 +82,9 @@ def list_experts(
         output.json(found)
     elif available:
         show_available(found, output)
+        if model is None:
+            output.message("looked up: the default model, the models in the cache, and all that known peers serve")
+            output.message("another model: daaswarm expert list --available --model NAME_OR_ROOT")
     else:
         show_held(found, output)
 
@@ -89,7 +95,10 @@ def deploy(
     layers: LayersOption = None,
     experts: ExpertsOption = None,
     slices: SlicesOption = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Compute in f32, bf16 or f16.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="Compute in f32, bf16 or f16 (default: as what is here of it, else host.dtype)."),
+    ] = None,
     memory: Annotated[
         str | None,
         typer.Option("--memory", help="With no ranges given: add this much, of the experts that have fewest hosts."),
@@ -199,7 +208,7 @@ def verify(
             )
             for host in found["hosts"]
         ]
-        show_table(["", "host", "dtype", "result", ""], rows, output)
+        output.table(["", "host", "dtype", "result", ""], rows)
     if found["wrong"]:
         output.message(f"wrong answers: {', '.join(found['wrong'])}")
         raise typer.Exit(EXIT_FAILED)
@@ -323,12 +332,12 @@ def show_held(found: dict[str, Any], output: Output) -> None:
                 "; ".join(notes),
             )
         )
-    show_table(["model", "dtype", "layers", "memory", "calls", "rows", ""], rows, output)
+    output.table(["model", "dtype", "layers", "memory", "calls", "rows", ""], rows)
 
 
 def show_available(found: dict[str, Any], output: Output) -> None:
     if not found["hosts"]:
-        output.message("nobody known here serves experts: daaswarm host-expert MODEL is a beginning")
+        output.message("nobody found serves experts: daaswarm host-expert MODEL is a beginning")
         return
     rows = [
         (
@@ -341,7 +350,7 @@ def show_available(found: dict[str, Any], output: Output) -> None:
         )
         for host in found["hosts"]
     ]
-    show_table(["model", "host", "dtype", "layers", "", "addresses"], rows, output)
+    output.table(["model", "host", "dtype", "layers", "", "addresses"], rows)
 
 
 def describe_held(held: dict[str, list[int]]) -> str:
@@ -350,17 +359,6 @@ def describe_held(held: dict[str, list[int]]) -> str:
     for layer, ids in held.items():
         groups.setdefault(tuple(ids), []).append(int(layer))
     return "; ".join(f"{format_range(layers)}: {format_range(list(ids))}" for ids, layers in groups.items())
-
-
-def show_table(head: list[str], rows: list[tuple[str, ...]], output: Output) -> None:
-    """Columns for people; a line each, never broken, since it may be read by a program."""
-    from daaswarm.cli.output import escape
-
-    lines = [tuple(head), *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    for number, line in enumerate(lines):
-        text = escape("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
-        output.answers.print(f"[bold]{text}[/bold]" if not number else text, soft_wrap=True)
 
 
 async def _show(output: Output, event: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ from daaswarm.cli.options import (
 )
 from daaswarm.cli.output import Output
 from daaswarm.cli.run import attach, is_node_running, refuse_attached, run_async, show
+from daaswarm.cli.streams import never_wait_for_readers
 from daaswarm.errors import ConfigError
 from daaswarm.types import DTYPES, parse_bytes, parse_range
 
@@ -149,6 +150,7 @@ def host_expert(
             else:
                 from daaswarm.node.life import run_node
 
+                never_wait_for_readers()
                 with log_to_file(folder.log_path, config.log.file_level):
                     await run_node(folder, config, partial(_show, output), host=params)
 

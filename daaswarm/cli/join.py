@@ -26,6 +26,7 @@ from daaswarm.cli.options import (
 )
 from daaswarm.cli.output import Output
 from daaswarm.cli.run import run_async, show
+from daaswarm.cli.streams import never_wait_for_readers
 
 
 def join(
@@ -63,6 +64,7 @@ def join(
     )
 
     async def run() -> None:
+        never_wait_for_readers()
         with log_to_file(folder.log_path, config.log.file_level):
             await run_node(folder, config, partial(_show, output))
 

@@ -14,7 +14,7 @@ import trio
 import typer
 
 from daaswarm.cli.complete import complete_dtypes
-from daaswarm.cli.expert import ask_swarm, show_table
+from daaswarm.cli.expert import ask_swarm
 from daaswarm.cli.host_expert import complete_models, locate_model
 from daaswarm.cli.options import BootstrapOption, DataDirOption, JsonOption, open_data_dir, read_config
 from daaswarm.cli.output import Output
@@ -67,7 +67,7 @@ def list_models(data_dir: DataDirOption = None, as_json: JsonOption = False) -> 
         )
         for model in kept
     ]
-    show_table(["model", "kind", "root", "size", "dtype", "where", ""], rows, output)
+    output.table(["model", "kind", "root", "size", "dtype", "where", ""], rows)
 
 
 @app.command()
@@ -177,7 +177,8 @@ def remove(
     """
     output = Output(as_json=as_json)
     folder, cache = open_data_dir(data_dir), get_cache_dir()
-    kept = next((m for m in list_kept(cache) if name in (m.name, m.root)), None)
+    # A model that can't be read has no root: an empty name must not find it.
+    kept = next((m for m in list_kept(cache) if name and name in (m.name, m.root)), None)
     if kept is None:
         elsewhere = next((m for m in read_remembered(folder) if name in (m.name, m.root, m.folder)), None)
         if elsewhere is not None:

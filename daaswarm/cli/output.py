@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from daaswarm.api.control import describe_error
 from daaswarm.cli.progress import BARS
@@ -54,6 +56,34 @@ class Output:
         for name, value in shown:
             self.answers.print(f"[bold]{name:<{width}}[/bold]  {escape(value)}", soft_wrap=True)
         sys.stdout.flush()
+
+    def table(self, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """A result in columns, a line each: never broken, since a program may read it.
+
+        On a terminal that is narrower than that, the columns of a row are below each other instead, each after its
+        name; a word that is too long even so is the terminal's to break, so that it can be copied whole.
+        """
+        self.end_progress()
+        lines = [[clean(cell) for cell in line] for line in (head, *rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        if self.answers.is_terminal and sum(widths) + 2 * (len(widths) - 1) > self.answers.width:
+            self._show_below_each_other(lines[0], lines[1:])
+        else:
+            for number, line in enumerate(lines):
+                text = "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+                self.answers.print(Text(text, "" if number else "bold"), soft_wrap=True)
+        sys.stdout.flush()
+
+    def _show_below_each_other(self, names: list[str], rows: list[list[str]]) -> None:
+        width = max(map(len, names)) + 2
+        for number, row in enumerate(rows):
+            if number:
+                self.answers.print()
+            for name, cell in zip(names, row, strict=True):
+                room = max(self.answers.width - width, 1)
+                for part in textwrap.wrap(cell, room, break_long_words=False, break_on_hyphens=False):
+                    self.answers.print(Text.assemble((f"{name:<{width}}", "bold"), part), soft_wrap=True)
+                    name = ""
 
     def message(self, text: str) -> None:
         """A line for people about what is going on. Progress goes on below it."""
@@ -109,8 +139,13 @@ class Output:
 
 
 def escape(text: str) -> str:
-    """Text from outside must not be read as markup, nor move the cursor, nor take more than its line."""
+    """:func:`clean`, and not read as markup."""
     from rich.markup import escape as escape_markup
 
+    return escape_markup(clean(text))
+
+
+def clean(text: str) -> str:
+    """Text from outside must not move the cursor, nor take more than its line."""
     line = " ".join(text.split("\n"))
-    return escape_markup("".join(c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" for c in line))
+    return "".join(c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" for c in line)

@@ -8,7 +8,6 @@ from typing import Any
 import trio
 import typer
 
-from daaswarm.cli.expert import show_table
 from daaswarm.cli.options import DataDirOption, JsonOption, open_data_dir
 from daaswarm.cli.output import Output
 from daaswarm.cli.run import attach, is_node_running
@@ -50,7 +49,7 @@ def list_peers(data_dir: DataDirOption = None, as_json: JsonOption = False) -> N
         )
         for peer in found["peers"]
     ]
-    show_table(["peer", "", "round trip", "seen", "agent", "addresses"], rows, output)
+    output.table(["peer", "", "round trip", "seen", "agent", "addresses"], rows)
 
 
 def read_disk(folder: DataDir) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from daaswarm.api.control import Emit, is_running, request
 from daaswarm.cli.log_setup import set_up_logging
 from daaswarm.cli.output import Output
 from daaswarm.cli.progress import BARS
+from daaswarm.cli.streams import finish_writing
 from daaswarm.config import Config
 from daaswarm.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, unwrap_groups
 from daaswarm.store.data_dir import DataDir
@@ -68,6 +69,7 @@ def run_async(
                 give_up()
                 BARS.end()
                 sys.stdout.flush()
+                finish_writing()
                 os._exit(get_code())
             scope.cancel()
             deadline = min(deadline, trio.current_time() + (CLEAN_UP_S if len(received) == 1 else HURRY_S))

@@ -16,7 +16,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
-from daaswarm.inference.batching import KEPT_TOKENS_MIN, get_common, has_plain_inputs
+from daaswarm.inference.batching import KEPT_BYTES, KEPT_TOKENS_MIN, get_common, has_plain_inputs
 from daaswarm.inference.rope import has_changing_ropes
 from daaswarm.inference.sequence import Sequence, get_generation_options, make_processors
 
@@ -51,10 +51,18 @@ class KeptCache:
             self._kept = None
 
     def put(self, ids: list[int], cache: Any) -> None:
-        """Keep a cache that holds all of ``ids``; one of the model's own kind may keep more than can be seen."""
-        if self._is_possible and type(cache) is DynamicCache:
+        """Keep a cache that holds all of ``ids``, unless it is large; one of the model's own kind may keep more than
+        can be seen.
+        """
+        if self._is_possible and type(cache) is DynamicCache and get_bytes(cache) <= KEPT_BYTES:
             with self._lock:
                 self._kept = ids, cache
+
+
+def get_bytes(cache: Cache) -> int:
+    """What a cache's layers hold: keys and values, or states."""
+    tensors = (value for layer in cache.layers for value in vars(layer).values() if isinstance(value, Tensor))
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 class _Streamer(BaseStreamer):

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 FIRST_TOKENS = 256  # of room in each row at first; it doubles, so that a row is copied a few times, not once a token
+SPARE = 4  # times the room needed: more goes back when answers leave
 
 
 class RaggedLayer(DynamicLayer):
@@ -46,27 +47,38 @@ class RaggedLayer(DynamicLayer):
         return self._cache.longest - self._cache.width
 
     def resize(self, rows: int, room: int) -> None:
-        if not self.is_initialized:
-            return
+        """May fail for want of memory, and be asked again then: what is of that size already stays."""
         for name in ("keys", "values"):
-            old: Tensor = getattr(self, name)
+            old: Tensor | None = getattr(self, name)
+            if old is None or (old.shape[0], old.shape[2]) == (rows, room):
+                continue
             new = old.new_zeros((rows, old.shape[1], room, old.shape[3]))
-            new[: old.shape[0], :, : old.shape[2]] = old
+            r, t = min(rows, old.shape[0]), min(room, old.shape[2])
+            new[:r, :, :t] = old[:r, :, :t]
             setattr(self, name, new)
+
+    @property
+    def token_bytes(self) -> int:
+        """Of a token's keys and values; 0 before the first pass."""
+        tensors = (self.keys, self.values) if self.is_initialized else ()
+        return sum(t.shape[1] * t.shape[3] * t.element_size() for t in tensors if t is not None)
 
 
 class BatchCache(Cache):
     """Args:
 
     layers: attention layers of the model.
+    max_bytes: of keys and values, which :meth:`fits` goes by; known after the first pass.
 
     A pass is announced with :meth:`select`, and what it wrote is kept with :meth:`commit`; without that the next pass
     overwrites it, so a pass that failed can be done again.
     """
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, max_bytes: int) -> None:
         self.rows = 1
         self.room = FIRST_TOKENS
+        self._max_bytes = max_bytes
+        self._token_bytes = 0
         self.lengths: list[int] = []  # tokens of each row in use
         self._written: list[int] = []  # of each row, by passes that failed too
         self.window = slice(0, 0)  # rows of the pass
@@ -78,12 +90,21 @@ class BatchCache(Cache):
         self._ragged = [RaggedLayer(self) for _ in range(layers)]
         super().__init__(layers=list(self._ragged))
 
+    def fits(self, rows: int, tokens: int) -> bool:
+        """Whether so many rows of at most so many tokens may be held: one always may, others once their size is
+        known. Rows are as long as the longest.
+        """
+        if rows <= 1:
+            return True
+        self._token_bytes = self._token_bytes or sum(layer.token_bytes for layer in self._ragged)
+        return self._token_bytes > 0 and rows * max(tokens, FIRST_TOKENS) * self._token_bytes <= self._max_bytes
+
     def add(self) -> int:
         """A new, empty row behind the others."""
+        if len(self.lengths) == self.rows:
+            self._grow(self.rows + 1, 0)
         self.lengths.append(0)
         self._written.append(0)
-        if len(self.lengths) > self.rows:
-            self._resize(max(len(self.lengths), 2 * self.rows), self.room)
         return len(self.lengths) - 1
 
     def select(self, first: int, counts: list[int]) -> Tensor | None:
@@ -97,7 +118,7 @@ class BatchCache(Cache):
         self.width = max(counts)
         self.longest = max(s + c for s, c in zip(self.starts, counts, strict=True))
         if self.longest > self.room:
-            self._resize(self.rows, max(self.longest, 2 * self.room))
+            self._grow(len(self.lengths), self.longest)
         for i, (start, count) in enumerate(zip(self.starts, counts, strict=True), first):
             self._written[i] = max(self._written[i], start + count)
         ends = torch.tensor([s + c for s, c in zip(self.starts, counts, strict=True)])
@@ -123,9 +144,27 @@ class BatchCache(Cache):
                 layer.values[target, :, :length] = layer.values[source, :, :length]
         self._wipe(target, length)
 
+    def swap(self, a: int, b: int) -> None:
+        """Have two rows change places."""
+        both, other = [a, b], [b, a]
+        end = max(self._written[a], self._written[b])
+        for layer in self._ragged:
+            if layer.is_initialized:
+                assert layer.keys is not None and layer.values is not None
+                layer.keys[both, :, :end] = layer.keys[other, :, :end]
+                layer.values[both, :, :end] = layer.values[other, :, :end]
+        for numbers in (self.lengths, self._written):
+            numbers[a], numbers[b] = numbers[b], numbers[a]
+
     def drop_last(self) -> None:
         self._wipe(len(self.lengths) - 1, 0)
         del self.lengths[-1], self._written[-1]
+
+    def trim(self) -> None:
+        """Give back what the rows that left had needed, if it is most of the memory."""
+        rows, room = max(len(self.lengths), 1), max(FIRST_TOKENS, *self._written, 0)
+        if SPARE * rows * room <= self.rows * self.room:
+            self._resize(rows, room)
 
     def _wipe(self, row: int, length: int) -> None:
         """Forget what lies behind a row's end: a NaN there would survive attention of zero."""
@@ -148,7 +187,7 @@ class BatchCache(Cache):
     def copy_in(self, row: int, kept: list[tuple[Tensor, Tensor]], tokens: int) -> None:
         """Begin a row with the first ``tokens`` of what :meth:`copy_out` gave."""
         if tokens > self.room:
-            self._resize(self.rows, max(tokens, 2 * self.room))
+            self._grow(len(self.lengths), tokens)
         for layer, (keys, values) in zip(self._ragged, kept, strict=True):
             if not layer.is_initialized:
                 layer.lazy_initialization(keys[None], values[None])
@@ -158,14 +197,27 @@ class BatchCache(Cache):
         self.lengths[row] = self._written[row] = tokens
 
     def free(self) -> None:
-        """Give the memory back now. Cache and layers refer to each other, and the garbage collector, which counts
-        objects and not bytes, lets such a circle lie for hundreds of answers.
+        """Drop all rows and give the memory back now. Cache and layers refer to each other, and the garbage collector,
+        which counts objects and not bytes, lets such a circle lie for hundreds of answers.
         """
+        self.lengths, self._written = [], []
+        self.rows, self.room = 1, FIRST_TOKENS
         for layer in self._ragged:
             layer.keys = layer.values = None
             layer.is_initialized = False
 
+    def _grow(self, rows: int, tokens: int) -> None:
+        """Make room for at least so much, and twice what there is where that may be held; else what isn't needed
+        goes.
+        """
+        tokens = max(FIRST_TOKENS, tokens, *self._written, 0)
+        more_rows = 2 * self.rows if rows > self.rows else self.rows
+        more_tokens = max(tokens, 2 * self.room) if tokens > self.room else self.room
+        self._resize(*((more_rows, more_tokens) if self.fits(more_rows, more_tokens) else (rows, tokens)))
+
     def _resize(self, rows: int, room: int) -> None:
-        self.rows, self.room = rows, room
+        # Should a layer find no memory, those that did are larger than they have to be, which does no harm.
+        self.rows, self.room = min(self.rows, rows), min(self.room, room)
         for layer in self._ragged:
             layer.resize(rows, room)
+        self.rows, self.room = rows, room

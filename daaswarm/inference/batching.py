@@ -8,6 +8,7 @@ prompt goes through the model (*prefill*), then it takes part in each *decode* p
 from __future__ import annotations
 
 import inspect
+import itertools
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer
 
-from daaswarm.errors import Busy, NoPeerCouldServe
+from daaswarm.errors import Busy
 from daaswarm.inference.batch_cache import BatchCache
 from daaswarm.inference.plan import HostPlan
 from daaswarm.inference.rope import has_changing_ropes
@@ -29,7 +30,9 @@ from daaswarm.inference.swarm_experts import Stopped, SwarmExperts
 ROWS = 16  # answers in one pass; more wait
 WAITING = 64  # answers that may wait for a place
 RETRY_AFTER_S = 5.0  # told to who finds no place even to wait
-PREFILL_TOKENS = 256  # of prompts in one pass, so that answers under way pause for a second at most
+PREFILL_TOKENS = 256  # of prompts in one pass, so that answers under way pause for seconds at most
+CACHE_BYTES = 1024 * 1024 * 1024  # of keys and values; who doesn't fit waits. One answer may always run
+SPARE_TOKENS = 256  # that the rows can grow by before one that comes would have to leave again
 KEPT_BYTES = 256 * 1024 * 1024  # keys and values of ended answers, for the next turns of their conversations
 KEPT_TOKENS_MIN = 16  # a shorter common beginning isn't worth a copy
 
@@ -58,11 +61,18 @@ def has_plain_inputs(model: Any) -> bool:
 
 @dataclass
 class Place:
-    """An answer in the batch."""
+    """An answer in the batch.
+
+    Attributes:
+        number: those that came later have larger ones.
+        was_sent_back: it had begun, and left its row to older answers.
+    """
 
     sequence: Sequence
     chooser: Chooser
     on_end: Callable[[], None]
+    number: int
+    was_sent_back: bool = False
 
 
 class Batch:
@@ -78,14 +88,14 @@ class Batch:
         self._experts = experts
         self._plan: HostPlan | None = None  # newer than the experts'
         self._real: Tensor | None = None  # which rows of the pass are no padding; None: all
-        self._layers = len(DynamicCache(config=model.config.get_text_config()).layers)
+        self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._waiting: deque[Place] = deque()
         self._is_working = False
         self._passing: list[Sequence] = []  # the answers in the pass that is under way
         self._rows: list[Place] = []  # in the order of the cache's rows: first those that decode
         self._decoding = 0
-        self._cache = BatchCache(self._layers)
+        self._cache = BatchCache(len(DynamicCache(config=model.config.get_text_config()).layers), CACHE_BYTES)
         self._kept: OrderedDict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = OrderedDict()
         self._kept_bytes = 0
         self._must_forget = False
@@ -100,7 +110,7 @@ class Batch:
         Raises:
             Busy: too many wait already.
         """
-        place = Place(sequence, Chooser(sequence), on_end)
+        place = Place(sequence, Chooser(sequence), on_end, next(self._numbers))
         with self._lock:
             if len(self._waiting) >= WAITING:
                 raise Busy(f"{len(self._waiting)} answers wait for their turn here", retry_after_s=RETRY_AFTER_S)
@@ -141,18 +151,27 @@ class Batch:
         """Run passes until no answer is left."""
         try:
             with torch.inference_mode():
+                read = 0  # tokens of prompts since the answers under way had their turn
                 while self._admit():
-                    self._prefill()
+                    tokens = self._prefill()
+                    read += tokens
+                    if tokens and read < PREFILL_TOKENS and (self._waiting or self._decoding < len(self._rows)):
+                        continue  # who came during the pass first: a first token is waited for, the others are read
                     self._decode()
+                    read = 0
         except BaseException as error:  # a bug: nobody shall wait for ever
-            with self._lock:
-                places = [*self._rows, *self._waiting]
-                self._reset()
-                self._waiting.clear()
-            for place in places:
-                place.sequence.end("error", error)
-                place.on_end()
+            self.end_all(error)
             raise
+
+    def end_all(self, error: BaseException) -> None:
+        """End whoever is left: :meth:`work` will not run, or not go on."""
+        with self._lock:
+            places = [*self._rows, *self._waiting]
+            self._reset()
+            self._waiting.clear()
+        for place in places:
+            place.sequence.end("error", error)
+            place.on_end()
 
     def compute(self, layer: int, rows: Tensor, index: Tensor | None, weights: Tensor | None) -> Tensor:
         """``ExpertsFn`` of the trunk; padding isn't sent to hosts, and stays zero."""
@@ -171,6 +190,9 @@ class Batch:
         self._drop_ended()
         with self._lock:
             while self._waiting and len(self._rows) < ROWS:
+                longest = max(len(place.sequence.ids) for place in (self._waiting[0], *self._rows))
+                if not self._cache.fits(len(self._rows) + 1, longest + SPARE_TOKENS):
+                    break  # nobody goes before it, else it might wait for ever
                 self._rows.append(self._waiting.popleft())
             if not self._rows:
                 self._reset()
@@ -184,7 +206,7 @@ class Batch:
             self._experts.use_plan(plan)
         while len(self._cache.lengths) < len(self._rows):
             row = self._cache.add()
-            self._reuse(row, self._rows[row].sequence)
+            self._reuse(row, self._rows[row])
         return True
 
     def _reset(self) -> None:
@@ -193,25 +215,41 @@ class Batch:
         self._rows = []
         self._decoding = 0
         self._cache.free()
-        self._cache = BatchCache(self._layers)
 
     def _drop_ended(self) -> None:
-        for row in reversed(range(len(self._rows))):
+        rows = len(self._rows)
+        for row in reversed(range(rows)):
             place = self._rows[row]
             sequence = place.sequence
             if sequence.is_cancelled and not sequence.has_ended:
                 sequence.end("cancelled", Stopped())
             if not sequence.has_ended:
                 continue
-            self._keep(row, sequence)
-            if row < self._decoding:
-                self._decoding -= 1
-                self._move(self._decoding, row)
-                row = self._decoding
-            self._move(len(self._rows) - 1, row)
-            del self._rows[-1]
-            self._cache.drop_last()
+            self._remove(row)
             place.on_end()
+        if len(self._rows) < rows:
+            self._cache.trim()
+
+    def _send_back(self) -> None:
+        """Should the rows have grown too large, the youngest answers wait once more, and others end in their memory."""
+        longest = max((len(place.sequence.ids) for place in self._rows), default=0)
+        while not self._cache.fits(len(self._rows), longest):
+            row = max(range(len(self._rows)), key=lambda row: self._rows[row].number)
+            place = self._rows[row]
+            place.was_sent_back = True
+            self._remove(row)
+            with self._lock:
+                self._waiting.appendleft(place)
+
+    def _remove(self, row: int) -> None:
+        self._keep(row, self._rows[row].sequence)
+        if row < self._decoding:
+            self._decoding -= 1
+            self._move(self._decoding, row)
+            row = self._decoding
+        self._move(len(self._rows) - 1, row)
+        del self._rows[-1]
+        self._cache.drop_last()
 
     def _move(self, source: int, target: int) -> None:
         if source != target:
@@ -234,8 +272,9 @@ class Batch:
             _, old = self._kept.popitem(last=False)
             self._kept_bytes -= sum(keys.nbytes + values.nbytes for keys, values in old)
 
-    def _reuse(self, row: int, sequence: Sequence) -> None:
+    def _reuse(self, row: int, place: Place) -> None:
         """Begin a row with the longest beginning that an earlier answer, or one under way, shares with it."""
+        sequence = place.sequence
         most = sequence.ids[:-1]  # the last token has to be seen, for its logits
         key = max(self._kept, key=lambda key: get_common(key, most), default=())
         count = get_common(key, most)
@@ -249,12 +288,15 @@ class Batch:
         if key:
             self._cache.copy_in(row, self._kept[key], count)
             self._kept.move_to_end(key)
-        sequence.reused_tokens = count
+        if not place.was_sent_back:
+            sequence.reused_tokens = count
 
     # -- passes -------------------------------------------------------------------------------------------------
 
-    def _prefill(self) -> None:
-        """Take the next prompts, or the next piece of a long one, through the model."""
+    def _prefill(self) -> int:
+        """Take the next prompts, or the next piece of a long one, through the model; returns how many tokens. Long
+        ones take turns.
+        """
         counts: list[int] = []
         for row in range(self._decoding, len(self._rows)):
             left = len(self._rows[row].sequence.ids) - self._cache.lengths[row]
@@ -262,7 +304,7 @@ class Batch:
                 break
             counts.append(min(left, PREFILL_TOKENS))
         if not counts:
-            return
+            return 0
         first = self._decoding
         ready = self._pass(first, counts)
         for i, logits in enumerate(ready):
@@ -270,10 +312,16 @@ class Batch:
             if logits is not None and self._cache.lengths[first + i] == len(place.sequence.ids):
                 self._advance(place, logits)
                 self._decoding += 1
+        last = len(self._rows) - 1
+        if self._decoding == first < last:  # a long one isn't through: the others next
+            self._rows[first], self._rows[last] = self._rows[last], self._rows[first]
+            self._cache.swap(first, last)
+        return sum(counts)
 
     def _decode(self) -> None:
         """One more token for each answer whose prompt is through."""
         self._drop_ended()
+        self._send_back()
         if self._decoding:
             for place, logits in zip(self._rows, self._pass(0, [1] * self._decoding), strict=False):
                 if logits is not None:
@@ -293,13 +341,10 @@ class Batch:
             return list(logits)
         except Stopped:
             return [None] * len(counts)
-        except NoPeerCouldServe as error:
-            if len(counts) > 1:  # a missing expert concerns those whose tokens need it
+        except Exception as error:  # noqa: BLE001 - its asker gets it
+            if len(counts) > 1:  # it concerns only those who fail by themselves, like those whose expert is missing
                 return [self._pass(first + i, [count])[0] for i, count in enumerate(counts)]
             self._rows[first].sequence.end("error", error)
-        except Exception as error:  # noqa: BLE001 - each asker gets it
-            for place in self._rows[first : first + len(counts)]:
-                place.sequence.end("error", error)
         return [None] * len(counts)
 
     def _forward(self, first: int, counts: list[int]) -> Tensor:

@@ -6,6 +6,7 @@ Needs no torch unless the prompt comes near the model's limit.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from daaswarm.errors import ModelError
@@ -14,9 +15,14 @@ from daaswarm.models.files import has_tokenizer
 from daaswarm.models.sources import LocalModel
 
 TEMPLATE_TOKENS = 1_024  # what a chat template may add, a system prompt of the model's own included
+TURN_TOKENS = 16  # what it may add to each turn
+
+Turn = dict[str, str]
 
 
-def check_prompt(model: LocalModel, text: str, system: str | None, raw: bool) -> None:
+def check_prompt(
+    model: LocalModel, text: str, system: str | None = None, raw: bool = False, history: Sequence[Turn] = ()
+) -> None:
     """Refuse what can't be asked. Blocks: reads small files, and counts tokens only where it could be too many.
 
     A token is a byte of text at least, so that a short prompt needs no counting.
@@ -28,14 +34,16 @@ def check_prompt(model: LocalModel, text: str, system: str | None, raw: bool) ->
     if not has_tokenizer(model.folder):
         raise ModelError(f"{model.name} has no tokenizer", hint="add tokenizer.json to its folder")
     context = _get_context(model)
-    most = len(text.encode()) + len((system or "").encode()) + TEMPLATE_TOKENS
+    texts = (text, system or "", *(turn["content"] for turn in history))
+    most = sum(len(part.encode()) + TURN_TOKENS for part in texts) + TEMPLATE_TOKENS
     if (context is None or most < context) and (system is None or (_has_template(model) and not raw)):
         return
     from daaswarm.inference.prompt import Prompt, encode_prompt
     from daaswarm.inference.sequence import check_fits
     from daaswarm.models.trunk import load_tokenizer
 
-    tokens = len(encode_prompt(Prompt(text, system=system, raw=raw), load_tokenizer(model), model.name))
+    prompt = Prompt(text, system=system, raw=raw, history=list(history))
+    tokens = len(encode_prompt(prompt, load_tokenizer(model), model.name))
     if context is not None:
         check_fits(tokens, context, model.name)
 

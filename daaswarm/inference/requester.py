@@ -15,14 +15,14 @@ import torch
 import trio
 
 from daaswarm.core.router import ReplicaRouter
-from daaswarm.errors import NoPeerCouldServe
+from daaswarm.errors import DaaswarmError, NoPeerCouldServe
 from daaswarm.inference.alone import KeptCache, generate_alone
 from daaswarm.inference.batching import Batch, can_batch
 from daaswarm.inference.plan import HostPlan
 from daaswarm.inference.prompt import Prompt, encode_prompt
 from daaswarm.inference.rope import separate_ropes
 from daaswarm.inference.sequence import Sequence
-from daaswarm.inference.swarm_experts import LocalCompute, SwarmExperts
+from daaswarm.inference.swarm_experts import LocalCompute, Stopped, SwarmExperts
 from daaswarm.inference.text_stream import TextStream
 from daaswarm.models.manifest import Progress
 from daaswarm.models.sources import LocalModel
@@ -32,6 +32,7 @@ from daaswarm.types import DTYPE_BYTES, Dtype, ModelRoot, PeerId
 
 TRUNKS = 2  # kept loaded by a node: the model in use and the one before
 ALONE = 8  # answers at once of models that can't share passes; each is a thread, more wait
+ENCODING = 2  # prompts at once that become tokens
 CONNECT_S = 3.0  # in which hosts found in the middle of an answer are connected; it doesn't wait for the silent ones
 
 FindHosts = Callable[[LocalModel, Dtype], Awaitable[HostPlan]]
@@ -122,6 +123,7 @@ class Requester:
         self._loading = trio.Lock()
         self._model_threads = trio.CapacityLimiter(TRUNKS + ALONE)  # not trio's own, which files and names share
         self._alone = trio.CapacityLimiter(ALONE)
+        self._encoding = trio.CapacityLimiter(ENCODING)
         # What the model has of its own in this thread: .compute (ExpertsFn) and .ropes.
         self._current = threading.local()
 
@@ -176,9 +178,12 @@ class Requester:
             NoPeerCouldServe: with the text so far.
             ConfigError: a prompt that doesn't fit.
             Busy: too many answers wait already.
+            DaaswarmError: the node is leaving.
         """
-        ids = encode_prompt(prompt, trunk.tokenizer, model.name)
         plan.check_complete(model.name)
+        ids = await trio.to_thread.run_sync(  # a long text takes a while, and the node has others to serve
+            encode_prompt, prompt, trunk.tokenizer, model.name, abandon_on_cancel=True, limiter=self._encoding
+        )
         # Nothing waits for a slow reader: the text is bounded by max_tokens, and others share the passes.
         send, receive = trio.open_memory_channel[str](float("inf"))
         in_trio = trio.lowlevel.current_trio_token().run_sync_soon
@@ -198,10 +203,13 @@ class Requester:
             nursery.start_soon(pass_on)
             await self.complete(model, trunk, plan, sequence)
             send.close()  # in trio's queue behind the last piece, so pass_on sees all of it first
-        if isinstance(sequence.error, NoPeerCouldServe):
-            sequence.error.text = sequence.text
-        if sequence.error is not None:
-            raise sequence.error
+        error = sequence.error
+        if isinstance(error, NoPeerCouldServe):
+            error.text = sequence.text
+        if isinstance(error, Stopped) or not isinstance(error, Exception | None):
+            raise DaaswarmError("the node is leaving: the answer was not finished") from error
+        if error is not None:
+            raise error
         return describe(model, trunk, plan, sequence)
 
     async def complete(self, model: LocalModel, trunk: Trunk, plan: HostPlan, sequence: Sequence) -> None:
@@ -236,6 +244,9 @@ class Requester:
         except Exception:
             # Its askers were told; the node, which also hosts, goes on.
             logger.exception("answers of one model ended together")
+        except BaseException:  # it may not have come to run
+            batch.end_all(Stopped())
+            raise
 
     async def _complete_alone(self, model: LocalModel, trunk: Trunk, plan: HostPlan, sequence: Sequence) -> None:
         async with self._alone:

@@ -22,6 +22,7 @@ from daaswarm.errors import (
     Busy,
     ConnectionLost,
     DaaswarmError,
+    DeadlineExceeded,
     LocalProtocolError,
     RemoteProtocolError,
     TooLarge,
@@ -38,6 +39,7 @@ from daaswarm.types import PeerId
 ROWS_PER_CALL = 512  # a longer prefill travels as several calls, so that hosts start before all is sent
 BUSY_RETRIES = 20  # times that one share waits for a busy host before the host counts as failing
 BUSY_WAIT_S = 2.0  # at once for a busy host, whatever it asks for: it might ask for ever
+SILENT_S = 30.0  # a host that was silent even after the swarm was asked again is left out for so long
 REPLICA_PATIENCE_S = 2.0  # a silent host is given up after this (or 20 times its usual latency) if a replica exists
 
 TORCH_DTYPES: dict[str, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -53,7 +55,7 @@ class Stopped(Exception):
 
 
 class SwarmExperts:
-    """``ExpertsFn`` of one answer. Lives in the thread that runs the model.
+    """``ExpertsFn`` of one answer or batch. Lives in the thread that runs the model.
 
     Args:
         plan: the hosts found.
@@ -88,6 +90,7 @@ class SwarmExperts:
         self._local = local
         self._dtype = TORCH_DTYPES[plan.dtype]
         self._dead: set[PeerId] = set()
+        self._silent: dict[PeerId, float] = {}  # since when: other answers that need them don't wait as long again
         self._in_flight: list[PendingCall] = []
         self._has_refreshed = False  # in this round of calls
         self._slices = {layer: list(range(count)) for layer, count in plan.layers.items()}
@@ -145,6 +148,7 @@ class SwarmExperts:
         """Ask these hosts from now on. Call from the model's thread, between passes."""
         self.plan = plan
         self._dead.clear()
+        self._silent.clear()
 
     def cancel(self) -> None:
         """End the answer at once, from any thread: hosts are told, and the model's thread unwinds with ``Stopped``."""
@@ -223,12 +227,11 @@ class SwarmExperts:
 
     def _route(self, layer: int, share: Share) -> list[tuple[PeerId, Share]]:
         """Split a share over the replicas that shall compute it."""
-        candidates = self.plan.by_layer[layer]
-        left_out = share.failed | self._dead
+        left_out = self._get_left_out(share)
         if self._is_nobody_left(layer, share, left_out):
             self._find_more(layer, share)
-            candidates = self.plan.by_layer[layer]
-            left_out = share.failed | self._dead
+            left_out = self._get_left_out(share)
+        candidates = self.plan.by_layer[layer]
         if share.busy and not self._is_nobody_left(layer, share, left_out | share.busy):
             left_out |= share.busy
         is_retry = bool(share.failed or share.refreshed)
@@ -237,6 +240,16 @@ class SwarmExperts:
         if len(chosen) == 1:
             return [(peer, share) for peer in chosen]
         return [(peer, share.restrict(experts)) for peer, experts in sorted(chosen.items())]
+
+    def _get_left_out(self, share: Share) -> set[PeerId]:
+        """Hosts that it makes no sense to ask for this share."""
+        return share.failed | self._dead | self._get_silent()
+
+    def _get_silent(self) -> set[PeerId]:
+        if self._silent:
+            since = time.monotonic() - SILENT_S
+            self._silent = {peer: at for peer, at in self._silent.items() if at > since}
+        return set(self._silent)
 
     def _is_nobody_left(self, layer: int, share: Share, left_out: set[PeerId]) -> bool:
         """Is there an expert of the share that only peers in ``left_out`` hold?"""
@@ -251,14 +264,15 @@ class SwarmExperts:
         """
         if not share.refreshed:
             share.refreshed = True
-            if not self._has_refreshed:  # for another share, just now
+            # Not if it was asked just now, for another share or because of these very hosts.
+            if not self._has_refreshed and not self._is_nobody_left(layer, share, self._get_silent()):
                 self._has_refreshed = True
                 plan = self._refresh()
                 if plan.dtype == self.plan.dtype:
                     self.plan = plan
                     self._dead.clear()
             share.failed.clear()
-        left_out = share.failed | self._dead
+        left_out = self._get_left_out(share)
         if self._is_nobody_left(layer, share, left_out):
             missing = self.plan.get_missing(frozenset(left_out))
             raise self.plan.describe_missing(missing, self._model_name)
@@ -316,7 +330,7 @@ class SwarmExperts:
     def _get_deadline_s(self, layer: int, peer: PeerId, share: Share) -> float:
         """Short only while others could do all of the share instead: a slow host is better than none."""
         others_fail = share.refreshed or self._is_nobody_left(
-            layer, share, {peer, *share.failed, *share.busy, *self._dead}
+            layer, share, {peer, *share.busy, *self._get_left_out(share)}
         )
         if others_fail:
             return self._call_timeout_s
@@ -353,6 +367,7 @@ class SwarmExperts:
         share = item.share
         assert not isinstance(item.call, DaaswarmError)
         elapsed = item.call.latency_s
+        self._silent.pop(item.peer, None)
         self._router.note_reply(
             item.peer,
             share.work,
@@ -378,7 +393,7 @@ class SwarmExperts:
         if isinstance(error, Busy) and share.waits < BUSY_RETRIES and left_s > 0:
             share.waits += 1
             share.busy.add(peer)
-            if not self._is_nobody_left(layer, share, share.failed | self._dead | share.busy):
+            if not self._is_nobody_left(layer, share, self._get_left_out(share) | share.busy):
                 return 0.0
             share.busy.clear()
             return min(error.retry_after_s, BUSY_WAIT_S, left_s)
@@ -386,6 +401,8 @@ class SwarmExperts:
         self._router.note_failure(peer, time.monotonic())
         if isinstance(error, ConnectionLost | Unreachable):
             self._dead.add(peer)
+        if share.refreshed and isinstance(error, ConnectionLost | DeadlineExceeded | Unreachable):
+            self._silent[peer] = time.monotonic()
         return 0.0
 
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from daaswarm.errors import ConfigError, ModelError
 from daaswarm.limits import MIB
+from daaswarm.models.cache import publish
 from daaswarm.models.checkpoint import HEADER_BYTES, ITEM_BYTES, Checkpoint
 from daaswarm.models.files import FILES, SMALL_FILE_BYTES
 from daaswarm.models.manifest import Entry, Manifest, Progress
@@ -175,7 +176,6 @@ class Assembly:
 
     def finish(self) -> Path:
         """Give the folder its name. Everything was verified before."""
-        os.fsync(self._fd)
         self.close()
         save_manifest(self.manifest, self.partial / MANIFEST_NAME)
         for path in self.partial.rglob("*"):  # of an earlier try, or of somebody else
@@ -185,7 +185,7 @@ class Assembly:
         with Checkpoint(self.partial) as checkpoint:  # can be opened, as any other
             assert len(checkpoint.tensors) == len(self.manifest.entries)
         self.partial.chmod(0o755)
-        self.partial.rename(self.folder)
+        publish(self.partial, self.folder)
         return self.folder
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from daaswarm.errors import ConfigError
 from daaswarm.models.manifest import Progress
 
+ABANDONED = "-abandoned"  # ends the name of a temporary folder that is being removed
 LOCK_POLL_S = 0.2  # between looks at a lock that another process holds
 WAITING = "waiting for another process that prepares this model"
 
@@ -34,14 +36,17 @@ def make_once(folder: Path, make: Callable[[Path], None], progress: Progress) ->
         with _locked(folder.with_name(f".{folder.name}.lock"), progress):
             if folder.is_dir():
                 return folder
-            for old in folder.parent.glob(f".{folder.name}-*"):
-                shutil.rmtree(old, ignore_errors=True)  # whoever made it held the lock, and no longer does
+            # Exactly what mkdtemp makes below: a model whose name begins alike has folders, and a lock, of its own.
+            left = re.compile(rf"\.{re.escape(folder.name)}-[a-z0-9_]{{8}}({ABANDONED})?")
+            for old in folder.parent.iterdir():
+                if left.fullmatch(old.name):
+                    shutil.rmtree(old, ignore_errors=True)  # whoever made it held the lock, and no longer does
             temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
             _unfinished.add(temporary)
             try:
                 make(temporary)
                 temporary.chmod(0o755)
-                temporary.rename(folder)
+                publish(temporary, folder)
             finally:
                 _unfinished.discard(temporary)
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -50,6 +55,35 @@ def make_once(folder: Path, make: Callable[[Path], None], progress: Progress) ->
             f"the cache {folder.parent} can't be written: {error}", hint="make room or choose another cache"
         ) from None
     return folder
+
+
+def publish(made: Path, folder: Path) -> None:
+    """Give a folder its name once all that is in it is on the disk: a power cut leaves the whole of it, or nothing.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    for path in made.rglob("*"):
+        if path.is_dir():
+            _sync_folder(path)
+        else:
+            _sync(path)
+    _sync_folder(made)
+    made.rename(folder)
+    _sync_folder(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # what Windows lets one sync
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _sync_folder(path: Path) -> None:
+    with contextlib.suppress(OSError):  # Windows and some network drives can't
+        _sync(path)
 
 
 _unfinished: set[Path] = set()
@@ -64,7 +98,7 @@ def remove_unfinished() -> None:
     """
     while _unfinished:
         temporary = _unfinished.pop()
-        doomed = temporary.with_name(f"{temporary.name}-abandoned")
+        doomed = temporary.with_name(temporary.name + ABANDONED)
         with contextlib.suppress(OSError):
             temporary.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)

@@ -112,7 +112,7 @@ def choose_name(wanted: str, root: str, cache: Path) -> str:
 
 def _try_link(source: Path, target: Path) -> bool:
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)  # a hub's own cache has symbolic links, which point nowhere from elsewhere
     except OSError:  # another file system
         return False
     return True

@@ -36,8 +36,10 @@ class Kept(NamedTuple):
 
 
 def list_kept(cache: Path) -> list[Kept]:
-    """All models in the cache, those that can't be read and those that a pull left unfinished included."""
+    """All models in the cache, those that can't be read included; last those that a pull left unfinished, for they may
+    have the root of a finished one."""
     found: list[Kept] = []
+    unfinished: list[Kept] = []
     models = cache / "models"
     for folder in sorted(models.iterdir()) if models.is_dir() else ():
         name = folder.name
@@ -46,13 +48,13 @@ def list_kept(cache: Path) -> list[Kept]:
         if name.startswith("."):
             if name.endswith(".partial"):
                 root = name.removeprefix(".root-").removesuffix(".partial")
-                found.append(Kept(name, "", root, 0, "", str(folder), True, "unfinished: pull it again to go on"))
+                unfinished.append(Kept(name, "", root, 0, "", str(folder), True, "unfinished: pull it again to go on"))
             continue
         try:
             found.append(describe_kept(name, folder, load_manifest(folder / MANIFEST_NAME)))
         except ModelError as error:
             found.append(Kept(name, "", "", 0, "", str(folder), True, error.message))
-    return found
+    return found + unfinished
 
 
 def describe_kept(name: str, folder: Path, manifest: Manifest) -> Kept:
@@ -92,7 +94,8 @@ def locate_folder(name_or_path: str, cache: Path, progress: Progress) -> Path:
 
 
 def forget_folder(folder: Path) -> None:
-    """Remove a model's folder from the cache: its name goes at once, so that nobody finds half of it.
+    """Remove a model's folder from the cache: its name goes at once, so that nobody finds half of it. Of a link to a
+    folder elsewhere only the link is removed.
 
     Raises:
         ConfigError: another process makes it right now, or the cache can't be written.
@@ -103,6 +106,9 @@ def forget_folder(folder: Path) -> None:
         if lock is None:
             raise ConfigError(f"another process is making {base}", hint="wait for it, or stop it")
         try:
+            if folder.is_symlink():
+                folder.unlink()
+                return
             doomed = folder.with_name(f".{base}-removed")
             shutil.rmtree(doomed, ignore_errors=True)
             folder.rename(doomed)

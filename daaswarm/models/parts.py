@@ -15,6 +15,7 @@ from daaswarm.models.checkpoint import ITEM_BYTES, Checkpoint, Tensor
 from daaswarm.models.manifest import Entry, Progress
 
 BLOCK_BYTES = 8 * MIB  # read at once while hashing
+STRIDE_BYTES = 64 * MIB  # of a row that all parts have a piece of, which is held whole; in the largest models 512 KiB
 
 
 def read_parts(checkpoint: Checkpoint, entry: Entry, parts: list[int], *, where: Path) -> bytearray:
@@ -29,6 +30,12 @@ def read_parts(checkpoint: Checkpoint, entry: Entry, parts: list[int], *, where:
         ModelError: the checkpoint is not what the manifest says.
     """
     outer, run = _get_runs(entry)
+    if outer * run * entry.parts != checkpoint.tensors[entry.name].nbytes or not all(
+        0 <= part < entry.parts for part in parts
+    ):
+        raise ModelError(
+            f"{checkpoint.folder}: tensor {entry.name} has no such parts as the manifest says", hint=hint_for(where)
+        )
     data = bytearray(outer * run * len(parts))
     view = memoryview(data)
     stride = run * len(parts)
@@ -124,9 +131,20 @@ def hash_parts(
 
 
 def _get_runs(entry: Entry) -> tuple[int, int]:
-    """A tensor in memory is ``outer`` times (``parts`` runs of ``run`` bytes); part i is the i-th run of each."""
+    """A tensor in memory is ``outer`` times (``parts`` runs of ``run`` bytes); part i is the i-th run of each.
+
+    Raises:
+        ModelError: a row is larger than :data:`STRIDE_BYTES`.
+    """
     outer = math.prod(entry.shape[: entry.axis])
-    return outer, math.prod(entry.shape) * ITEM_BYTES[entry.dtype] // max(outer * entry.parts, 1)
+    run = math.prod(entry.shape) * ITEM_BYTES[entry.dtype] // max(outer * entry.parts, 1)
+    if outer > 1 and entry.parts > 1 and run * entry.parts > STRIDE_BYTES:
+        raise ModelError(
+            f"tensor {entry.name} has rows of {run * entry.parts} bytes, cut into {entry.parts} parts each;"
+            f" {STRIDE_BYTES} is the limit",
+            hint="whoever made this model is hostile, or its file damaged",
+        )
+    return outer, run
 
 
 def _feed_contiguous(hashes: list[hashlib._Hash], block: memoryview, at: int, run: int) -> None:

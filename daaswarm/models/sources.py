@@ -23,7 +23,7 @@ from daaswarm.types import DTYPE_BYTES, Dtype, ModelRoot
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 ROOT_PREFIX = 8  # digits of a root that stand for it where only one model's begins so
-_DEFAULT_NAMES = (DEFAULT_MODEL, "default")
+DEFAULT_NAMES = (DEFAULT_MODEL, "default")
 
 
 class LocalModel(NamedTuple):
@@ -97,7 +97,7 @@ def find_model(name_or_path: str, cache: Path, progress: Progress = ignore_progr
         ModelError: unknown, no checkpoint, damaged, altered, quantised or impossible to split.
         Offline: the default model has to be fetched and can't be.
     """
-    if name_or_path.lower() in _DEFAULT_NAMES:
+    if name_or_path.lower() in DEFAULT_NAMES:
         from daaswarm.models.default import check_root, prepare_default
 
         model = open_folder(prepare_default(cache, progress), cache, progress, name=DEFAULT_MODEL)

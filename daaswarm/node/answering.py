@@ -65,7 +65,13 @@ class Answering:
         from daaswarm.inference.preflight import check_prompt
 
         await trio.to_thread.run_sync(
-            check_prompt, model, params["prompt"], params["system"], params["raw"], abandon_on_cancel=True
+            check_prompt,
+            model,
+            params["prompt"],
+            params["system"],
+            params["raw"],
+            params["history"],
+            abandon_on_cancel=True,
         )
         return model
 

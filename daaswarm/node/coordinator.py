@@ -130,7 +130,7 @@ class SwarmCoordinator:
         if isinstance(message, FindNode | FindValue | Store | GetAdverts):
             return self.discovery.answer(peer, contact, message), ()
         if isinstance(message, GetModelPart):
-            return await self.sharing.answer(message, deadline_s)
+            return await self.sharing.answer(peer, message, deadline_s)
         if isinstance(message, Reopen):
             raise ExpertError("this host keeps no chain of past calls")
         raise RemoteProtocolError(f"{type(message).__name__} is not answered by a node", reject=False)
@@ -264,8 +264,9 @@ class SwarmCoordinator:
         """Whether there is nobody to ask, not even this node itself."""
         return not self.has_bootstrap and self.hosting.service is None and not self.discovery.get_known()
 
-    def get_status(self) -> Event:
+    async def get_status(self) -> Event:
         """What ``daaswarm status`` shows."""
+        models = await trio.to_thread.run_sync(list_models, get_cache_dir())
         return {
             "running": True,
             "pid": os.getpid(),
@@ -277,13 +278,13 @@ class SwarmCoordinator:
             "known_peers": [contact.peer_id for contact in self.discovery.get_known()],
             "hosted": self.hosting.describe(),
             "paused": self.neighbour.describe(),
-            "models": [{"name": m.name, "root": m.root, "folder": str(m.folder)} for m in list_models(get_cache_dir())],
+            "models": [{"name": m.name, "root": m.root, "folder": str(m.folder)} for m in models],
         }
 
     async def control(self, method: str, params: Event, emit: Emit) -> Event:
         """What commands that attach to this node may ask."""
         if method == "status":
-            return self.get_status()
+            return await self.get_status()
         if method == "infer":
             return await self.infer(params, emit)
         if method == "chat":

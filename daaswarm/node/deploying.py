@@ -8,17 +8,20 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
-import trio
 
-from daaswarm.errors import ConfigError, DaaswarmError
+from daaswarm.errors import ConfigError, DaaswarmError, OutcomeUnknown, StorageError
 from daaswarm.models.sources import LocalModel
 from daaswarm.node.hosting import Hosting, Wish, count_bytes, describe_held, get_held
 from daaswarm.node.reporting import Emit, Event, get_model
 from daaswarm.store.node_store import NodeStore
 from daaswarm.store.records import Deployment
 from daaswarm.types import Dtype, ModelRoot, format_bytes, format_range, parse_range
+
+if TYPE_CHECKING:
+    from daaswarm.experts.service import HostedModel
 
 ROOT_PREFIX = 6  # letters of a model's root that name it, at least
 
@@ -31,75 +34,101 @@ class Deploying:
     """The deployments of one node.
 
     Args:
-        hosting: serves them.
+        hosting: serves them; one lock keeps its changes and those made here apart.
         store: keeps them.
-        default_dtype: of a deployment that names none.
+        default_dtype: of a model's first deployment, if it names none.
     """
 
     def __init__(self, hosting: Hosting, store: NodeStore, *, default_dtype: Dtype) -> None:
         self._hosting = hosting
         self._store = store
         self._default_dtype: Dtype = default_dtype
-        self._deployed: dict[ModelRoot, Deployment] = {}
-        self._failed: dict[ModelRoot, str] = {}  # why one is not served
-        self._changing = trio.Lock()  # one change at a time: each rests on what is held
+        self._has_recalled = False
+        self._deployed: dict[ModelRoot, Deployment] = {}  # as it stands in the store
+        self._serving: dict[ModelRoot, set[int]] = {}  # the layers of it that are served; never those of a host-expert
+        self._failed: dict[ModelRoot, str] = {}  # why some are not
 
     def describe(self) -> list[Event]:
         """What ``expert list`` shows: everything served, and what should be and isn't."""
         described = [
-            {**hosted, "deployed": hosted["root"] in self._deployed, "error": ""} for hosted in self._hosting.describe()
+            {**hosted, "deployed": bool(self._serving.get(hosted["root"])), "error": ""}
+            for hosted in self._hosting.describe()
         ]
-        for root, reason in self._failed.items():
-            described.append({**describe_deployment(self._deployed[root]), "error": reason})
+        for root, deployment in self._deployed.items():
+            if missing := self._get_missing(deployment):
+                absent = msgspec.structs.replace(deployment, held=missing)
+                described.append({**describe_deployment(absent), "error": self._failed.get(root, "not read yet")})
         return described
 
     async def restore(self, emit: Emit) -> None:
         """Serve what was deployed in earlier runs. What can't be is said, and tried again at the next start."""
-        for deployment in await self._store.get_deployments():
-            self._deployed[deployment.model_root] = deployment
+        async with self._hosting.changing:
             try:
-                async with self._changing:
-                    model = await get_model(deployment.source, emit)
-                    if model.root != deployment.model_root:
-                        raise ConfigError(
-                            f"{deployment.source} is another model now",
-                            hint=f"daaswarm expert remove {deployment.model_root[:12]}, and deploy it anew",
-                        )
-                    await self._load(model, deployment.held, deployment.dtype, emit)
-            except DaaswarmError as error:
-                self._failed[deployment.model_root] = error.message
-                logger.warning("%s, which is deployed here, is not served: %s", deployment.name, error)
-                await emit({"event": "message", "text": f"not served: {deployment.name}: {error.message}"})
-            else:
-                await emit({"event": "message", "text": describe_served(model, self._hosting)})
+                await self._recall()
+            except StorageError as error:
+                logger.warning("what is deployed here is not served: %s", error)
+                return
+        for root in list(self._deployed):
+            async with self._hosting.changing:
+                deployment = self._deployed.get(root)  # what was removed or served since the last turn isn't read
+                if deployment is None or not (missing := self._get_missing(deployment)):
+                    continue
+                try:
+                    model = await self._find_again(deployment, emit)
+                    self._get_dtype(model, deployment.dtype)
+                    held = {layer: deployment.held[layer] for layer in missing}
+                    self._check_not_lent(model, held)
+                    with self._hosting.reserving(count_bytes(model, deployment.dtype, missing)):
+                        hosted, _ = await self._hosting.load(model, held, deployment.dtype, emit)
+                        self._serve(hosted)
+                except DaaswarmError as error:
+                    self._failed[root] = error.message
+                    logger.warning("%s, which is deployed here, is not served: %s", deployment.name, error)
+                    text = f"not served: {deployment.name}: {error.message}"
+                else:
+                    text = describe_served(model, self._hosting)
+            await emit({"event": "message", "text": text})
 
     async def deploy(self, params: Event, emit: Emit) -> Event:
         """Serve more experts, from now on and after every start.
 
         Raises:
-            ConfigError: a bad model or range, more than the memory limit, or a ``host-expert`` serves a layer of it.
+            ConfigError: a bad model or range, more than the memory limit, another dtype than the model is served or
+                deployed in here, or a ``host-expert`` serves a layer of it.
+            OutcomeUnknown: nothing more is served now, but perhaps after a start; doing it again is safe.
             StorageError: the disk refuses; then nothing was changed.
         """
-        async with self._changing:
+        async with self._hosting.changing:
+            await self._recall()
             model = await get_model(params["model"], emit)
-            dtype = params["dtype"] or self._get_dtype(model)
+            dtype = self._get_dtype(model, params["dtype"])
             if params["layers"] is None and params["experts"] is None and params["slices"] is None:
                 wanted = await self._choose(model, dtype, params["memory_bytes"])
             else:
                 wanted = get_held(model, params) or {}
-            before = self._get_held_here(model)
             self._check_not_lent(model, wanted)
-            fresh = {layer: sorted(set(ids) - set(before.get(layer, ()))) for layer, ids in wanted.items()}
+            known = self._deployed.get(model.root)
+            here, stored = self._get_held_here(model), known.held if known is not None else {}
+            # Layers are kept and read whole: with what is stored of them, even if that could not be served so far.
+            union = {layer: sorted({*ids, *stored.get(layer, ())}) for layer, ids in wanted.items()}
+            fresh = {layer: sorted(set(ids) - set(here.get(layer, ()))) for layer, ids in union.items()}
             fresh = {layer: ids for layer, ids in fresh.items() if ids}
-            union = {layer: sorted({*ids, *before.get(layer, ())}) for layer, ids in fresh.items()}
             bytes_read = 0
             with self._hosting.reserving(count_bytes(model, dtype, fresh)):
-                if union:
-                    # A layer that grows is read whole, and held twice until it takes the other's place.
-                    hosted, bytes_read = await self._hosting.load(model, union, dtype, emit)
-                    await self._remember(model, params["model"], dtype, union)
-                    self._hosting.get_service().put(hosted)
-                    self._hosting.advertise(model.root)
+                if fresh:
+                    # A layer that grows is held twice until it takes the other's place.
+                    changed = {layer: union[layer] for layer in fresh}
+                    hosted, bytes_read = await self._hosting.load(model, changed, dtype, emit)
+                    deployment = Deployment(
+                        model_root=model.root,
+                        dtype=dtype,
+                        name=model.name,
+                        source=params["model"],
+                        held=changed,
+                        created_at=known.created_at if known is not None else time.time(),
+                    )
+                    await self._remember(deployment)
+                    self._serve(hosted)
             return {
                 "model": model.name,
                 "model_root": model.root,
@@ -108,7 +137,7 @@ class Deploying:
                 "held": {str(layer): ids for layer, ids in self._get_held_here(model).items()},
                 "bytes_held": sum(m["bytes"] for m in self._hosting.describe() if m["root"] == model.root),
                 "bytes_read": bytes_read,
-                "lines": [describe_served(model, self._hosting) if union else "these experts are served here already"],
+                "lines": [describe_served(model, self._hosting) if fresh else "these experts are served here already"],
             }
 
     async def remove(self, params: Event, emit: Emit) -> Event:
@@ -116,42 +145,29 @@ class Deploying:
 
         Raises:
             ConfigError: nothing of the kind is deployed here, or a bad range.
+            OutcomeUnknown: they are served on for now, but perhaps not after a start; doing it again is safe.
             StorageError: the disk refuses; then nothing was changed.
         """
-        async with self._changing:
+        async with self._hosting.changing:
+            await self._recall()
             deployment = self._find(params["model"])
-            held = self._deployed[deployment.model_root].held
+            root, held = deployment.model_root, deployment.held
             gone = get_removed(held, params, deployment.name)
             left = {layer: sorted(set(held[layer]) - set(ids)) for layer, ids in gone.items()}
-            partly = {layer: ids for layer, ids in left.items() if ids}
-            wholly = [layer for layer, ids in left.items() if not ids]
+            serving = self._serving.get(root, set())
+            partly = {layer: ids for layer, ids in left.items() if ids and layer in serving}
             hosted = None
-            if partly and deployment.model_root not in self._failed:
-                model = await get_model(deployment.source, emit)
-                if model.root != deployment.model_root:
-                    raise ConfigError(
-                        f"{deployment.source} is another model now, so part of a layer can't be read anew",
-                        hint="remove the whole layers",
-                    )
-                hosted, _ = await self._hosting.load(model, partly, deployment.dtype, emit)
-            rest = {layer: ids for layer, ids in {**held, **partly}.items() if layer not in wholly}
-            if wholly:
-                await self._store.remove_deployment(deployment.model_root, deployment.dtype, wholly)
             if partly:
-                await self._store.put_deployment(msgspec.structs.replace(deployment, held=partly))
-            if rest:
-                self._deployed[deployment.model_root] = msgspec.structs.replace(deployment, held=rest)
-            else:
-                del self._deployed[deployment.model_root]
-                self._failed.pop(deployment.model_root, None)
-            if self._hosting.service is not None:
-                if hosted is not None:
-                    self._hosting.service.put(hosted)
-                self._hosting.service.remove(deployment.model_root, deployment.dtype, wholly)
-                self._hosting.advertise(deployment.model_root)
+                model = await self._find_again(deployment, emit)
+                hosted, _ = await self._hosting.load(model, partly, deployment.dtype, emit)
+            await self._remember(msgspec.structs.replace(deployment, held=left))
+            if hosted is not None:
+                self._serve(hosted)
+            self._stop(deployment, serving & (left.keys() - partly.keys()))
+            rest = self._deployed[root].held if root in self._deployed else {}
             return {
                 "model": deployment.name,
-                "model_root": deployment.model_root,
+                "model_root": root,
                 "dtype": deployment.dtype,
                 "removed": {str(layer): ids for layer, ids in gone.items()},
                 "held": {str(layer): ids for layer, ids in rest.items()},
@@ -159,28 +175,74 @@ class Deploying:
 
     # -- parts --------------------------------------------------------------------------------------------------
 
-    async def _load(self, model: LocalModel, held: Held, dtype: Dtype, emit: Emit) -> None:
-        self._check_not_lent(model, held)
-        service = self._hosting.get_service()
-        with self._hosting.reserving(count_bytes(model, dtype, held)):
-            hosted, _ = await self._hosting.load(model, held, dtype, emit)
-            service.put(hosted)
-        self._hosting.advertise(model.root)
+    async def _recall(self) -> None:
+        """Know what the store holds: at first, and after a write of which nobody knows whether it happened.
 
-    async def _remember(self, model: LocalModel, source: str, dtype: Dtype, changed: Held) -> None:
-        known = self._deployed.get(model.root)
-        deployment = Deployment(
-            model_root=model.root,
-            dtype=dtype,
-            name=model.name,
-            source=source,
-            held=changed,
-            created_at=time.time() if known is None else known.created_at,
-        )
-        await self._store.put_deployment(deployment)
-        held = {**(known.held if known is not None else {}), **changed}
-        self._deployed[model.root] = msgspec.structs.replace(deployment, held=dict(sorted(held.items())))
-        self._failed.pop(model.root, None)
+        Raises:
+            StorageError: it can't be read. What is changed rests on it, so nothing can be.
+        """
+        if self._has_recalled:
+            return
+        before = self._deployed
+        self._deployed = {deployment.model_root: deployment for deployment in await self._store.get_deployments()}
+        self._has_recalled = True
+        for root, deployment in before.items():  # what was removed after all is served no more
+            stored = self._deployed[root].held if root in self._deployed else {}
+            served = self._get_served(root)
+            self._stop(deployment, {layer for layer, ids in served.items() if not ids <= set(stored.get(layer, ()))})
+
+    async def _remember(self, changed: Deployment) -> None:
+        """Write the layers that change, those of which nothing is left as empty ones. All of it is written, or none."""
+        try:
+            await self._store.put_deployment(changed)
+        except OutcomeUnknown:
+            self._has_recalled = False
+            raise
+        known = self._deployed.get(changed.model_root)
+        held = {**(known.held if known is not None else {}), **changed.held}
+        held = {layer: ids for layer, ids in sorted(held.items()) if ids}
+        if held:
+            self._deployed[changed.model_root] = msgspec.structs.replace(changed, held=held)
+        else:
+            self._deployed.pop(changed.model_root, None)
+            self._failed.pop(changed.model_root, None)
+
+    def _serve(self, hosted: HostedModel) -> None:
+        self._hosting.get_service().put(hosted)
+        self._serving.setdefault(hosted.root, set()).update(hosted.layers)
+        self._hosting.advertise(hosted.root)
+        if hosted.root in self._deployed and not self._get_missing(self._deployed[hosted.root]):
+            self._failed.pop(hosted.root, None)
+
+    def _stop(self, deployment: Deployment, layers: set[int]) -> None:
+        if layers:
+            self._hosting.get_service().remove(deployment.model_root, deployment.dtype, layers)
+            self._serving[deployment.model_root] -= layers
+            self._hosting.advertise(deployment.model_root)
+
+    async def _find_again(self, deployment: Deployment, emit: Emit) -> LocalModel:
+        """Raises:
+        ConfigError: it is gone, or another one.
+        """
+        model = await get_model(deployment.source, emit)
+        if model.root != deployment.model_root:
+            raise ConfigError(
+                f"{deployment.source} is another model now",
+                hint=f"daaswarm expert remove {deployment.model_root[:12]}, all of it, and deploy it anew",
+            )
+        return model
+
+    def _get_served(self, root: ModelRoot) -> dict[int, set[int]]:
+        """``{layer: experts}`` of a model that are served because they are deployed."""
+        hosted = self._hosting.get_hosted(root)
+        layers = self._serving.get(root, set()) if hosted is not None else set()
+        return {layer: set(hosted.layers[layer].ids) for layer in layers} if hosted is not None else {}
+
+    def _get_missing(self, deployment: Deployment) -> Held:
+        """``{layer: [experts]}`` that are deployed and not served."""
+        served = self._get_served(deployment.model_root)
+        missing = {layer: [e for e in ids if e not in served.get(layer, ())] for layer, ids in deployment.held.items()}
+        return {layer: ids for layer, ids in missing.items() if ids}
 
     async def _choose(self, model: LocalModel, dtype: Dtype, memory_bytes: int | None) -> Held:
         """As much as is asked for, or else as fits."""
@@ -192,14 +254,30 @@ class Deploying:
                 hint="give less, remove others, or start the node with a larger --memory",
             )
         wish = Wish(model, dtype, None, free if memory_bytes is None else memory_bytes)
-        chosen = await self._hosting.choose(wish, self._get_held_here(model))
-        if not chosen and not self._get_held_here(model):
+        here = self._get_held_here(model)
+        lent = here.keys() - self._serving.get(model.root, set())
+        without = {layer: list(range(model.layers[layer])) if layer in lent else ids for layer, ids in here.items()}
+        chosen = await self._hosting.choose(wish, without)
+        if not chosen and not here:
             raise ConfigError("not one expert fits", hint="give more memory")
         return chosen
 
-    def _get_dtype(self, model: LocalModel) -> Dtype:
-        hosted = self._hosting.get_hosted(model.root)
-        return hosted.dtype if hosted is not None else self._default_dtype
+    def _get_dtype(self, model: LocalModel, asked: Dtype | None) -> Dtype:
+        """What to compute a model in: what is asked for, as what is here of it, or the setting.
+
+        Raises:
+            ConfigError: some of it is served or deployed here in another one.
+        """
+        known = self._deployed.get(model.root), self._hosting.get_hosted(model.root)
+        here: list[Dtype] = [part.dtype for part in known if part is not None]
+        dtype = asked or (here[0] if here else self._default_dtype)
+        for other in here:
+            if other != dtype:
+                raise ConfigError(
+                    f"this node serves {model.name} in {other} already; one answer never mixes dtypes",
+                    hint=f"use --dtype {other}, or take it away first: expert remove, or stop its host-expert",
+                )
+        return dtype
 
     def _get_held_here(self, model: LocalModel) -> Held:
         hosted = self._hosting.get_hosted(model.root)
@@ -209,8 +287,7 @@ class Deploying:
         """Raises:
         ConfigError: a ``host-expert`` command serves one of the layers; they go when it ends.
         """
-        known = self._deployed.get(model.root)
-        lent = sorted((self._get_held_here(model).keys() & wanted.keys()) - (known.held if known else {}).keys())
+        lent = sorted((self._get_held_here(model).keys() & wanted.keys()) - self._serving.get(model.root, set()))
         if lent:
             raise ConfigError(
                 f"a host-expert command serves {model.name}, layers {format_range(lent)}, on this node",

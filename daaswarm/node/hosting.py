@@ -56,6 +56,7 @@ class Hosting:
     def __init__(self, config: Config, discovery: Discovery) -> None:
         self.service: ExpertService | None = None  # importing it takes seconds: made when the first expert comes
         self.limit_bytes = parse_bytes(config.host.memory, option="host.memory")
+        self.changing = trio.Lock()  # what is served grows by one change at a time: each rests on what is held
         self._threads = config.host.threads
         self._discovery = discovery
         self._pause: Pause | None = None
@@ -153,14 +154,15 @@ class Hosting:
         """
         await import_loading()
         model, dtype = wish.model, wish.dtype
-        if wish.held is None:
-            wish = wish._replace(memory_bytes=min(wish.memory_bytes, self.limit_bytes - self.used_bytes))
-        held = wish.held if wish.held is not None else await self.choose(wish)
         service = self.get_service()
-        service.check_free(model.root, model.name, dtype, held)
-        with self.reserving(count_bytes(model, dtype, held)):
-            hosted, bytes_read = await self.load(model, held, dtype, emit)
-        service.add(hosted)
+        async with self.changing:
+            if wish.held is None:
+                wish = wish._replace(memory_bytes=min(wish.memory_bytes, self.limit_bytes - self.used_bytes))
+            held = wish.held if wish.held is not None else await self.choose(wish)
+            service.check_free(model.root, model.name, dtype, held)
+            with self.reserving(count_bytes(model, dtype, held)):
+                hosted, bytes_read = await self.load(model, held, dtype, emit)
+            service.add(hosted)
         try:
             self.advertise(model.root)
             yield {
@@ -199,12 +201,16 @@ class Hosting:
 
     async def check_files(self) -> None:
         """Notice that files were changed of which experts are served. Those in memory are still what was checked."""
-        for root, (model, fingerprint) in list(self._read.items()):
+        for root, known in list(self._read.items()):
             if self.get_hosted(root) is None:
-                del self._read[root]
-                self._changed.pop(root, None)
+                if not self.changing.locked():  # else it may have been read just now, to be served
+                    self._read.pop(root, None)
+                    self._changed.pop(root, None)
                 continue
+            model, fingerprint = known
             changed = await trio.to_thread.run_sync(find_changed, model.folder, fingerprint, abandon_on_cancel=True)
+            if self._read.get(root) is not known:  # read again meanwhile, or given up
+                continue
             if changed and changed != self._changed.get(root):
                 logger.warning(
                     "%s was changed on disk (%s): what was loaded before is still served; nothing of it is read again"

@@ -16,7 +16,7 @@ from daaswarm import __version__
 from daaswarm.api.control import serve_control
 from daaswarm.config import Config, NetworkConfig
 from daaswarm.core.signing import get_swarm_id
-from daaswarm.errors import ConfigError
+from daaswarm.errors import ConfigError, DaaswarmError
 from daaswarm.messages import Contact, Reply, Request
 from daaswarm.net.addresses import parse_address
 from daaswarm.net.dataplane import open_tcp_network
@@ -181,7 +181,7 @@ async def run_node(data_dir: DataDir, config: Config, emit: Emit, *, host: Event
             nursery.start_soon(node.memory.keep_saving)
             nursery.start_soon(node.neighbour.keep_watching)
             nursery.start_soon(Vigil(node.network, node.discovery, node.hosting).keep)
-            await node.operating.deploying.restore(emit)
+            await restore(node, emit)
             if wish is not None:
                 await node.serve(wish, tell)
             else:
@@ -189,6 +189,16 @@ async def run_node(data_dir: DataDir, config: Config, emit: Emit, *, host: Event
                 lines = describe_binding(config, node.addrs)
                 await tell({"event": "ready", "peer_id": node.peer_id, "addrs": node.addrs, "lines": lines})
                 await trio.sleep_forever()
+
+
+async def restore(node: SwarmCoordinator, emit: Emit) -> None:
+    """Serve what was deployed in earlier runs. A surprise costs what was not restored yet, not the node."""
+    try:
+        await node.operating.deploying.restore(emit)
+    except DaaswarmError:  # what can't be served is no error, so this is of ``emit``: nobody hears what is said
+        raise
+    except Exception:
+        logger.exception("not all that is deployed here is served")
 
 
 @asynccontextmanager

@@ -15,6 +15,7 @@ from daaswarm.config import HostConfig
 from daaswarm.core.courtesy import Courtesy, CpuSample, Pause, compute_others_share
 from daaswarm.core.pacing import TokenBucket
 from daaswarm.errors import Busy
+from daaswarm.node.rounds import Rounds
 from daaswarm.types import format_bytes, parse_bytes, parse_quiet_hours
 
 SAMPLE_S = 2.0  # between two looks at the machine; one costs a few milliseconds in a thread
@@ -35,6 +36,7 @@ class GoodNeighbour:
 
     Attributes:
         pause: why nothing is computed for others now, if so.
+        upload: what may be sent to others; None without a limit.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class GoodNeighbour:
         self.courtesy = Courtesy(hours, config.pause_when_busy)
         self.pause: Pause | None = None
         self._nice = config.nice
-        self._bucket = TokenBucket(parse_bytes(config.upload, option="host.upload")) if config.upload else None
+        self.upload = TokenBucket(parse_bytes(config.upload, option="host.upload")) if config.upload else None
         self._on_change = on_change
         self._measure = measure or measure_cpu
         self._tell_time = tell_time or tell_local_time
@@ -75,16 +77,21 @@ class GoodNeighbour:
         """Decide now and then whether to pause, until cancelled."""
         if not self.courtesy.is_needed:
             return
-        cores = os.cpu_count() or 1
-        before = await self._sample()
+        measuring, deciding = Rounds("measuring the machine", logger), Rounds("deciding whether to pause", logger)
+        before: CpuSample | None = None
         share = 0.0
-        while not self._is_leaving:
-            second, unix = self._tell_time()
-            self._set(self.courtesy.decide(second, unix, share, trio.current_time()))
+        while True:
+            with measuring.round():  # on its own: quiet hours are kept whatever happens to it
+                after = await self._sample()
+                if before is not None:
+                    share = compute_others_share(before, after, os.cpu_count() or 1)
+                before = after
+            if self._is_leaving:
+                return
+            with deciding.round():
+                second, unix = self._tell_time()
+                self._set(self.courtesy.decide(second, unix, share, trio.current_time()))
             await trio.sleep(SAMPLE_S)
-            after = await self._sample()
-            share = compute_others_share(before, after, cores)
-            before = after
 
     async def _sample(self) -> CpuSample:
         if self.courtesy.gate is None:
@@ -92,22 +99,23 @@ class GoodNeighbour:
         return await trio.to_thread.run_sync(self._measure, abandon_on_cancel=True)
 
     def _set(self, pause: Pause | None) -> None:
-        before, self.pause = self.pause, pause
-        if (before and before.reason) != (pause and pause.reason):
-            logger.info("%s", f"paused: {pause.reason}" if pause is not None else "not paused any more")
+        before = self.pause
         if before != pause:
             self._on_change(pause)
+        self.pause = pause  # only now: what failed to be told is told again in the next round
+        if (before and before.reason) != (pause and pause.reason):
+            logger.info("%s", f"paused: {pause.reason}" if pause is not None else "not paused any more")
 
     # -- what is sent -------------------------------------------------------------------------------------------
 
     def may_send_now(self, size: int) -> bool:
         """Whether ``size`` bytes of an answer may go without waiting."""
-        return self._bucket is None or self._bucket.get_wait_s(size, trio.current_time()) == 0
+        return self.upload is None or self.upload.get_wait_s(size, trio.current_time()) == 0
 
     def note_sent(self, size: int) -> None:
         """They went at once."""
-        if self._bucket is not None:
-            self._bucket.take(size, trio.current_time())
+        if self.upload is not None:
+            self.upload.take(size, trio.current_time())
 
     @asynccontextmanager
     async def uploading(self, size: int, deadline_s: float) -> AsyncIterator[None]:
@@ -116,23 +124,23 @@ class GoodNeighbour:
         Raises:
             Busy: that would be too late.
         """
-        if self._bucket is None:
+        if self.upload is None:
             yield
             return
         now = trio.current_time()
-        wait_s = self._bucket.get_wait_s(size, now)
+        wait_s = self.upload.get_wait_s(size, now)
         if wait_s > QUEUE_SHARE * deadline_s:
             raise Busy(
-                f"this host's upload limit ({format_bytes(self._bucket.rate)}/s) is reached",
+                f"this host's upload limit ({format_bytes(self.upload.rate)}/s) is reached",
                 hint=f"try again in {wait_s:.1f} s, or another replica",
                 retry_after_s=wait_s - QUEUE_SHARE * deadline_s,
             )
-        due = now + self._bucket.take(size, now)
+        due = now + self.upload.take(size, now)
         try:
             yield
             await trio.sleep_until(due)
         except BaseException:
-            self._bucket.give_back(size)
+            self.upload.give_back(size)
             raise
 
 

@@ -1,7 +1,8 @@
 """Gets a whole model from those who host it. Nobody is believed: the root that was asked for decides what is right.
 
 The manifest is checked against the root, each part of a tensor against the manifest. A part is asked of one peer at a
-time, so that a wrong one has a culprit: it is asked nothing more, and what it was at is asked elsewhere.
+time, so that a wrong one has a culprit: it is asked nothing more, and what it was at is asked elsewhere. The same goes
+for who is too slow, until nobody else is left.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ from typing import TypeVar
 import trio
 
 from daaswarm.config import get_cache_dir
-from daaswarm.errors import Busy, ConfigError, DaaswarmError, ModelError, NoPeerCouldServe, unwrap_groups
+from daaswarm.errors import ConfigError, DaaswarmError, DeadlineExceeded, ModelError, unwrap_groups
 from daaswarm.limits import KIB
-from daaswarm.messages import Contact, GetModelPart, ModelPart
 from daaswarm.models.assembly import Assembly, Unit, get_bytes, get_pulled_folder
 from daaswarm.models.cache import LOCK_POLL_S, WAITING, try_lock
 from daaswarm.models.files import SMALL_FILE_BYTES
@@ -28,37 +28,32 @@ from daaswarm.models.manifest_file import MANIFEST_NAME, load_manifest
 from daaswarm.models.sources import KnownModel, find_known
 from daaswarm.net.dataplane import TcpNetwork
 from daaswarm.net.discovery import Discovery
+from daaswarm.node.givers import BUSY_FOR_S, Givers, Liar, Source
 from daaswarm.node.reporting import PROGRESS_S, Emit, Event, make_progress
-from daaswarm.types import ModelRoot, PeerId
+from daaswarm.types import ModelRoot
 
 PIECE_BYTES = 512 * KIB  # of one request: a moment of a slow link
-PIECE_S = 10.0  # for one: who is slower than 50 kB/s is of no help
 PEERS = 8  # asked at the same time
 UNITS_PER_PEER = 3  # at the same time, so that a round trip costs nothing
-BUSY_RETRIES = 30  # of one piece
-BUSY_S = 2.0  # between two of them, at most
+UNIT_S = BUSY_FOR_S  # for one unit, and then as long as its bytes take at the slowest
+SLOWEST_BYTES_PER_S = 50_000  # of one unit: that of its pieces
+TURNS_S = (15.0, 60.0, 240.0, 960.0)  # for a whole small thing, each peer in turn: 50 kB/s bring the largest tokenizer
+IDLE_LOOK_S = 0.5  # of peers that wait for others to end
+PATIENCE_S = 5.0  # with a unit at least, before an idle peer takes it over
+SLOWER = 4  # times as long as the idle peer's average: more than the chance of a link
 ROUNDS_WITHOUT = 2  # looks for peers without anything gained in between; then it is given up
 
 T = TypeVar("T")
 
 
-@dataclass
-class Source:
-    """A peer that says it hosts the model.
+@dataclass(eq=False)
+class Flight:
+    """A unit that a peer is asked for now. Cancelling the scope takes it away from it."""
 
-    Attributes:
-        dropped: why it is asked nothing more.
-        lied: it is not asked again in this pull.
-    """
-
-    contact: Contact
-    nbytes: int = 0
-    dropped: str = ""
-    lied: bool = False
-
-
-class Liar(DaaswarmError):
-    """A peer sent what is not of the model."""
+    source: Source
+    unit: Unit
+    began: float
+    scope: trio.CancelScope
 
 
 class Pulling:
@@ -88,7 +83,7 @@ class Pulling:
             await trio.to_thread.run_sync(lambda: folder.parent.mkdir(parents=True, exist_ok=True))
             lock = await wait_for_lock(folder.with_name(f".{folder.name}.lock"), emit)
             try:
-                if not folder.is_dir():
+                if not await trio.to_thread.run_sync(folder.is_dir):
                     return await _Pull(self._network, self._discovery, root, cache, emit).run()
             finally:
                 os.close(lock)
@@ -96,7 +91,8 @@ class Pulling:
             raise ConfigError(
                 f"the cache {cache} can't be written: {error}", hint="make room or choose another cache"
             ) from None
-        manifest = load_manifest(folder / MANIFEST_NAME)  # another process made it meanwhile
+        # Another process made it meanwhile.
+        manifest = await trio.to_thread.run_sync(load_manifest, folder / MANIFEST_NAME, abandon_on_cancel=True)
         return describe(KnownModel(folder.name, folder, ModelRoot(manifest.root)), 0, [], 0.0)
 
 
@@ -104,13 +100,12 @@ class _Pull:
     """One pull."""
 
     def __init__(self, network: TcpNetwork, discovery: Discovery, root: ModelRoot, cache: Path, emit: Emit) -> None:
-        self._network = network
-        self._discovery = discovery
+        self._givers = Givers(network, discovery, root, self._say)
         self._root = root
         self._cache = cache
         self._emit = emit
         self._progress = make_progress(emit)
-        self._sources: dict[PeerId, Source] = {}
+        self._flights: list[Flight] = []
         self._disk = trio.CapacityLimiter(1)  # where there is no pwrite, a write is two calls
         self._told = 0.0
         self._done = 0  # bytes that are right
@@ -118,7 +113,7 @@ class _Pull:
 
     async def run(self) -> Event:
         began = trio.current_time()
-        await self._find_sources()
+        await self._givers.find()
         manifest = await self._get_manifest()
         assembly = await self._on_disk(lambda: Assembly(manifest, self._cache))
         try:
@@ -134,10 +129,10 @@ class _Pull:
             folder = await self._on_disk(assembly.finish)
         finally:
             assembly.close()
-        received = sum(source.nbytes for source in self._sources.values())
+        received = sum(source.nbytes for source in self._givers.all)
         seconds = trio.current_time() - began
         known = KnownModel(folder.name, folder, self._root)
-        return describe(known, received, list(self._sources.values()), seconds)
+        return describe(known, received, self._givers.all, seconds)
 
     # -- what there is to get -----------------------------------------------------------------------------------
 
@@ -161,24 +156,28 @@ class _Pull:
         await self._ask_any("file", name, SMALL_FILE_BYTES, check)
 
     async def _ask_any(self, kind: str, name: str, limit: int, check: Callable[[bytes], T]) -> T:
-        """A small thing, whole, from the first who gives the right one."""
-        while True:
-            source = next((s for s in self._sources.values() if not s.dropped), None)
-            if source is None:
-                raise self._give_up(f"its {name or kind}")
-            try:
-                data = await self._get_whole(source, kind, name, limit)
-                return await self._on_disk(lambda data=data: check(data))
-            except DaaswarmError as error:
-                if isinstance(error, ConfigError):
-                    raise
-                await self._drop(source, error)
+        """A small thing, whole, from the first who gives the right one. How large it is only the peer says, so that a
+        slow one can't be told from a large thing: each has its turn before anybody gets a longer one."""
+        for turn_s in TURNS_S:
+            for source in self._givers.rank():
+                data: bytes | None = None
+                try:
+                    with trio.move_on_after(turn_s):
+                        data = await self._get_whole(source, kind, name, limit)
+                    if data is not None:
+                        return await self._on_disk(lambda data=data: check(data))
+                    source.late += 1
+                except DaaswarmError as error:
+                    if isinstance(error, ConfigError):
+                        raise
+                    await self._givers.drop(source, error)
+        raise self._givers.give_up(f"its {name or kind}")
 
     async def _get_whole(self, source: Source, kind: str, name: str, limit: int) -> bytes:
         data = bytearray()
         total = -1
         while total < 0 or len(data) < total:
-            size, piece = await self._ask(source, kind, name, len(data), PIECE_BYTES)
+            size, piece = await self._givers.ask(source, kind, name, len(data), PIECE_BYTES)
             if total < 0 and size > limit:
                 raise Liar(f"its {name or kind} has {size} bytes; {limit} is the limit")
             if total >= 0 and size != total:
@@ -195,48 +194,93 @@ class _Pull:
         fruitless = 0
         while missing:
             before = self._done
-            usable = [source for source in self._sources.values() if not source.dropped][:PEERS]
             with unwrap_groups(OSError):
                 async with trio.open_nursery() as nursery:
-                    for source in usable:
-                        nursery.start_soon(self._use, source, assembly, missing)
+                    for _ in range(PEERS):
+                        nursery.start_soon(self._use_peers, assembly, missing)
             if not missing:
                 break
             fruitless = 0 if self._done > before else fruitless + 1
             if fruitless >= ROUNDS_WITHOUT:
-                raise self._give_up(f"{len(missing)} parts of its tensors")
-            await self._find_sources()
+                raise self._givers.give_up(f"{len(missing)} parts of its tensors")
+            await self._givers.find()
+
+    async def _use_peers(self, assembly: Assembly, missing: deque[Unit]) -> None:
+        """Ask one peer after the other, until nothing is missing or no peer is left."""
+        while missing or self._flights:
+            source = next((source for source in self._givers.rank() if not source.in_use), None)
+            if source is None:
+                return
+            source.in_use = True
+            try:
+                await self._use(source, assembly, missing)
+            finally:
+                source.in_use = False
 
     async def _use(self, source: Source, assembly: Assembly, missing: deque[Unit]) -> None:
         """Ask one peer until nothing is missing or it is dropped."""
 
         async def work() -> None:
-            while missing:
-                unit = missing.popleft()
-                is_right = False
+            while missing or self._flights:
+                if not missing:  # but what others are at may come back
+                    self._take_over(source)
+                    await trio.sleep(IDLE_LOOK_S)
+                    continue
                 try:
-                    await self._get_unit(source, assembly, unit)
-                    is_right = True
+                    await self._fly(source, assembly, missing)
                 except DaaswarmError as error:
                     if isinstance(error, ConfigError):
                         raise
-                    await self._drop(source, error)
+                    await self._givers.drop(source, error)
                     scope.cancel()
-                finally:
-                    if not is_right:
-                        missing.appendleft(unit)
 
         with trio.CancelScope() as scope:
             async with trio.open_nursery() as nursery:
                 for _ in range(UNITS_PER_PEER):
                     nursery.start_soon(work)
 
+    async def _fly(self, source: Source, assembly: Assembly, missing: deque[Unit]) -> None:
+        """Get the first missing unit from a peer; it is missing again if that fails.
+
+        Raises:
+            DeadlineExceeded: the peer is too slow.
+            DaaswarmError: the peer failed otherwise.
+        """
+        unit, now, is_right = missing.popleft(), trio.current_time(), False
+        # Who was too slow is asked again only if nobody else is left, so then it has more time.
+        seconds = (1 + source.late) * (UNIT_S + unit.nbytes / SLOWEST_BYTES_PER_S)
+        scope = trio.CancelScope(deadline=now + seconds)
+        flight = Flight(source, unit, now, scope)
+        self._flights.append(flight)
+        try:
+            with scope:
+                await self._get_unit(source, assembly, unit)
+                is_right = True
+            if not is_right:
+                raise DeadlineExceeded(f"tensor {unit.entry.name} took it too long")
+        finally:
+            self._flights.remove(flight)
+            if not is_right:
+                missing.appendleft(unit)
+        source.right_bytes += unit.nbytes
+        source.right_s += trio.current_time() - now
+        await self._tell(assembly.total)
+
+    def _take_over(self, idle: Source) -> None:
+        """What others are far slower at than an idle peer would be is taken away from them."""
+        if not idle.right_bytes:
+            return
+        for flight in self._flights:
+            due_s = flight.unit.nbytes * idle.right_s / idle.right_bytes
+            if flight.source is not idle and trio.current_time() - flight.began > max(SLOWER * due_s, PATIENCE_S):
+                flight.scope.cancel()
+
     async def _get_unit(self, source: Source, assembly: Assembly, unit: Unit) -> None:
         name, due, at = unit.entry.name, get_bytes(unit.entry), 0
         try:
             while at < unit.nbytes:
                 size = min(PIECE_BYTES, unit.nbytes - at)
-                total, piece = await self._ask(source, "tensor", name, unit.offset + at, size)
+                total, piece = await self._givers.ask(source, "tensor", name, unit.offset + at, size)
                 if total != due or len(piece) != size:
                     raise Liar(f"tensor {name}: {len(piece)} of {total} bytes came, {size} of {due} were due")
                 await self._on_disk(lambda at=at, piece=piece: assembly.write(unit, at, piece))
@@ -247,52 +291,7 @@ class _Pull:
                 raise Liar(f"its tensor {name} is not the model's")
         finally:
             self._under_way -= at
-        self._done += unit.nbytes
-        await self._tell(assembly.total)
-
-    # -- peers --------------------------------------------------------------------------------------------------
-
-    async def _find_sources(self) -> None:
-        """Those who host the model now. One that was merely slow or gone gets another chance if nobody else is left."""
-        again: list[Source] = []
-        for known in await self._discovery.find_adverts(self._root):
-            peer = PeerId(known.advert.peer_id)
-            source = self._sources.get(peer)
-            if source is not None and source.dropped and not source.lied:
-                again.append(source)
-            elif source is None and peer != self._network.peer_id:
-                self._sources[peer] = Source(Contact(peer_id=peer, addrs=known.advert.addrs))
-        if all(source.dropped for source in self._sources.values()):
-            for source in again:
-                source.dropped = ""
-
-    async def _ask(self, source: Source, kind: str, name: str, offset: int, size: int) -> tuple[int, memoryview]:
-        request = GetModelPart(model_root=self._root, kind=kind, name=name, offset=offset, size=size)
-        for _ in range(BUSY_RETRIES):
-            try:
-                reply, body = await self._network.call(source.contact, request, deadline_s=PIECE_S)
-            except Busy as busy:
-                await trio.sleep(min(max(busy.retry_after_s, 0.05), BUSY_S))
-                continue
-            if not isinstance(reply, ModelPart):
-                raise Liar(f"it answered with {type(reply).__name__}")
-            source.nbytes += len(body)
-            return reply.total, body
-        raise Busy("it is busy all the time")
-
-    async def _drop(self, source: Source, error: DaaswarmError) -> None:
-        if not source.dropped:
-            source.dropped = error.message
-            source.lied = isinstance(error, Liar) or error.code in ("remote_protocol_error", "peer_id_mismatch")
-            await self._say(f"{source.contact.peer_id} is asked nothing more: {error.message}")
-
-    def _give_up(self, what: str) -> NoPeerCouldServe:
-        reasons = "; ".join(f"{peer}: {source.dropped}" for peer, source in self._sources.items() if source.dropped)
-        nobody = f"no peer gave {what}: {reasons}" if reasons else "nobody in the swarm hosts it now"
-        return NoPeerCouldServe(
-            f"model {self._root[:12]} can't be pulled: {nobody}",
-            hint="is the root right, and does a host-expert of it run? What was pulled is kept: run this again",
-        )
+        self._done += unit.nbytes  # and nothing that can be cancelled after it
 
     # -- parts --------------------------------------------------------------------------------------------------
 
@@ -316,7 +315,7 @@ class _Pull:
 
 async def wait_for_lock(path: Path, emit: Emit) -> int:
     """The lock's descriptor, as soon as no other process holds it."""
-    while (lock := try_lock(path)) is None:
+    while (lock := await trio.to_thread.run_sync(try_lock, path)) is None:
         await emit({"event": "progress", "what": WAITING, "done": 0, "total": 0})
         await trio.sleep(LOCK_POLL_S)
     return lock

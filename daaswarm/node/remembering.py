@@ -16,6 +16,7 @@ from daaswarm.messages import Contact, ExpertCall
 from daaswarm.models.sources import LocalModel
 from daaswarm.net.dataplane import TcpNetwork
 from daaswarm.net.discovery import Discovery
+from daaswarm.node.rounds import Rounds
 from daaswarm.store.node_store import NodeStore
 from daaswarm.store.records import AdvertRecord, ModelRecord, PeerRecord
 from daaswarm.types import ModelRoot, PeerId
@@ -54,9 +55,11 @@ class Remembering:
 
     async def keep_saving(self) -> None:
         """Write now and then, until cancelled."""
+        saving = Rounds("saving", logger)
         while True:
             await trio.sleep(SAVE_S)
-            await self.save()
+            with saving.round():
+                await self.save()
 
     async def save(self) -> bool:
         """Write what there is to write. False if the disk refuses, which is said once."""

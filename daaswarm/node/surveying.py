@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from daaswarm.config import get_cache_dir
 from daaswarm.core.adverts import Known
 from daaswarm.errors import Busy, DaaswarmError, NoPeerCouldServe
 from daaswarm.messages import Advert, Contact, ExpertReply, Ping
-from daaswarm.models.sources import LocalModel
+from daaswarm.models.sources import DEFAULT_NAMES, LocalModel, list_models
 from daaswarm.net.dataplane import TcpNetwork
 from daaswarm.net.discovery import Discovery
 from daaswarm.node.hosting import Hosting
 from daaswarm.node.reporting import Emit, Event, get_model
 from daaswarm.store.node_store import NodeStore
-from daaswarm.types import Dtype, PeerId
+from daaswarm.types import Dtype, ModelRoot, PeerId
 
 if TYPE_CHECKING:
     from daaswarm.experts.verifying import Sample
@@ -26,6 +27,9 @@ PING_S = 3.0  # for a round trip; a peer that needs longer is as good as gone
 PINGS_AT_ONCE = 32
 VERIFY_CALL_S = 10.0  # of one call: four rows through one expert
 BUSY_RETRIES = 5  # of one sample
+LOOKED_UP = 64  # models whose hosts are looked up where none is named; more than a cache holds
+LOOKUPS_AT_ONCE = 8
+LOOKUPS_S = 30.0  # for all of them together: one where every host is dead takes as long
 
 RANK = {"wrong": 0, "refused": 1, "unreachable": 2, "busy": 3, "paused": 4, "ok": 5}  # what stands first in the table
 
@@ -77,25 +81,44 @@ class Surveying:
     async def list_available(self, params: Event, emit: Emit) -> Event:
         """What ``expert list --available`` shows: who serves what.
 
+        The swarm can only be asked about a model. Where none is named, that is the default one and those in the cache;
+        of others, what the peers that this node knows serve is shown.
+
         Raises:
             NoPeerCouldServe: nobody serves the model that was named.
         """
-        found = await self._discovery.find_all_adverts()
         wanted = params["model"]
-        if wanted is not None:
+        known = {(k.advert.peer_id, k.advert.model_root): k for k in await self._discovery.find_all_adverts()}
+        if wanted is None:
+            roots = set(await trio.to_thread.run_sync(list_own_roots, abandon_on_cancel=True))
+        else:
             root = await find_root(wanted)
-            known = {(k.advert.peer_id, k.advert.model_root): k for k in found if is_meant(k.advert, wanted, root)}
-            for model_root in {root, *(key[1] for key in known)} - {None}:
-                for k in await self._discovery.find_adverts(model_root):
-                    known[k.advert.peer_id, k.advert.model_root] = k
-            found = list(known.values())
-            if not found:
-                raise NoPeerCouldServe(
-                    f"nobody in the swarm serves {wanted}",
-                    hint="serve it: daaswarm host-expert, or look at all: daaswarm expert list --available",
-                )
-        hosts = [self._describe_host(known) for known in found]
+            known = {key: k for key, k in known.items() if is_meant(k.advert, wanted, root)}
+            roots = {ModelRoot(model_root) for _, model_root in known} | ({root} if root is not None else set())
+        for k in await self._look_up(roots):
+            known[k.advert.peer_id, k.advert.model_root] = k
+        if wanted is not None and not known:
+            raise NoPeerCouldServe(
+                f"nobody in the swarm serves {wanted}",
+                hint="serve it: daaswarm host-expert, or look at all: daaswarm expert list --available",
+            )
+        hosts = [self._describe_host(k) for k in known.values()]
         return {"hosts": sorted(hosts, key=lambda h: (h["model"], h["model_root"], h["peer_id"]))}
+
+    async def _look_up(self, roots: set[ModelRoot]) -> list[Known]:
+        """The adverts of all live hosts of these models, as far as :data:`LOOKUPS_S` allows."""
+        waiting = iter(sorted(roots))
+        found: list[Known] = []
+
+        async def look_up_some() -> None:
+            for root in waiting:
+                found.extend(await self._discovery.find_adverts(root))
+
+        with trio.move_on_after(LOOKUPS_S):
+            async with trio.open_nursery() as nursery:
+                for _ in range(min(LOOKUPS_AT_ONCE, len(roots))):
+                    nursery.start_soon(look_up_some)
+        return found
 
     def _describe_host(self, known: Known) -> Event:
         advert = known.advert
@@ -229,20 +252,31 @@ def describe_peer(peer_id: str, addrs: list[str], agent: str, last_seen: float) 
     }
 
 
-async def find_root(name: str) -> Any:
-    """The root of a model that is on this machine; None for another. Nothing is fetched."""
-    from daaswarm.config import get_cache_dir
-    from daaswarm.models.sources import list_models
-
+async def find_root(name: str) -> ModelRoot | None:
+    """The root of the default model, or of one that is on this machine; None for another. Nothing is fetched."""
     if len(name) == 64 and all(c in "0123456789abcdef" for c in name):
-        return name
+        return ModelRoot(name)
+    if name.lower() in DEFAULT_NAMES:
+        return await trio.to_thread.run_sync(get_default_root, abandon_on_cancel=True)
     path = trio.Path(name)
     if await path.is_dir():
         return (await get_model(name, _be_quiet)).root
-    for model in await trio.to_thread.run_sync(list_models, get_cache_dir()):
+    for model in await trio.to_thread.run_sync(list_models, get_cache_dir(), abandon_on_cancel=True):
         if model.name == name:
             return model.root
     return None
+
+
+def list_own_roots() -> list[ModelRoot]:
+    """Of the default model and of those in the cache, :data:`LOOKED_UP` at most. Reads the disk."""
+    return [get_default_root(), *(model.root for model in list_models(get_cache_dir()))][:LOOKED_UP]
+
+
+def get_default_root() -> ModelRoot:
+    """Imports what makes the default model, which takes a moment."""
+    from daaswarm.models.default import ROOT
+
+    return ModelRoot(ROOT)
 
 
 async def _be_quiet(event: Event) -> None:

@@ -12,6 +12,7 @@ from daaswarm.core.clock_watch import ClockJump, ClockWatch, Gap
 from daaswarm.net.dataplane import TcpNetwork
 from daaswarm.net.discovery import Discovery
 from daaswarm.node.hosting import Hosting
+from daaswarm.node.rounds import Rounds
 
 LOOK_S = 5.0  # between two looks at the clocks
 FILES_EVERY = 6  # looks; files are looked at every half minute, which costs a stat each
@@ -44,12 +45,15 @@ class Vigil:
 
     async def keep(self) -> None:
         """Until cancelled."""
+        clocks, files = Rounds("looking at the clocks", logger), Rounds("looking at the files", logger)
         looks = 0
         while True:
-            await self.look()
+            with clocks.round():
+                await self.look()
             looks += 1
             if looks % FILES_EVERY == 0:
-                await self._hosting.check_files()
+                with files.round():
+                    await self._hosting.check_files()
             await trio.sleep(LOOK_S)
 
     async def look(self) -> None:

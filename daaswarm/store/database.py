@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from daaswarm.core.adverts import from_bitmap, to_bitmap
 from daaswarm.errors import ConfigError, StorageError
 from daaswarm.store.files import Damaged, check_owner, open_readable, open_writable, translated
 from daaswarm.store.records import AdvertRecord, CallSummary, Deployment, ModelRecord, PeerRecord
-from daaswarm.types import Dtype, ModelRoot
 
 PEERS = 1_024  # the last seen; a routing table holds fewer than half
 ADVERTS = 1_024  # those that live longest; at most 16 KiB each
@@ -34,6 +33,9 @@ class Database:
         connection: from :func:`daaswarm.store.files.open_writable` or ``open_readable``.
         path: for messages.
 
+    Attributes:
+        may_commit: asked when a transaction is complete; where it says no, nothing is written.
+
     Raises (all methods):
         Damaged: the file is broken.
         StorageError: the disk refuses; nothing was written.
@@ -41,6 +43,7 @@ class Database:
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self.path = path
+        self.may_commit: Callable[[], bool] = lambda: True
         self._connection = connection
 
     @classmethod
@@ -163,6 +166,8 @@ class Database:
     def put_deployment(self, deployment: Deployment) -> None:
         """Serve these experts from now on: layers named take the place of what was there, others stay.
 
+        A layer named without experts goes, and with the last layer the deployment.
+
         Raises:
             ConfigError: there are :data:`DEPLOYMENTS` others.
         """
@@ -180,21 +185,12 @@ class Database:
                 (d.model_root, d.dtype, _check_text(d.name), _check_text(d.source), d.created_at),
             ).fetchone()
             for layer, experts in d.held.items():
-                execute(
-                    "INSERT INTO deployed_layers (deployment_id, layer, experts) VALUES (?, ?, ?)"
-                    " ON CONFLICT DO UPDATE SET experts = excluded.experts",
-                    (number, layer, to_bitmap(experts)),
-                )
-
-    def remove_deployment(self, root: ModelRoot, dtype: Dtype, layers: Iterable[int] | None = None) -> None:
-        """Serve these layers, or all, no more. Not an error where nothing is deployed."""
-        which = "deployment_id IN (SELECT id FROM deployments WHERE model_root = ? AND dtype = ?)"
-        with self._transaction() as execute:
-            if layers is None:
-                execute(f"DELETE FROM deployed_layers WHERE {which}", (root, dtype))
-            else:
-                for layer in layers:
-                    execute(f"DELETE FROM deployed_layers WHERE {which} AND layer = ?", (root, dtype, layer))
+                execute("DELETE FROM deployed_layers WHERE deployment_id = ? AND layer = ?", (number, layer))
+                if experts:
+                    execute(
+                        "INSERT INTO deployed_layers (deployment_id, layer, experts) VALUES (?, ?, ?)",
+                        (number, layer, to_bitmap(experts)),
+                    )
             execute("DELETE FROM deployments WHERE id NOT IN (SELECT deployment_id FROM deployed_layers)")
 
     def get_deployments(self) -> list[Deployment]:
@@ -216,6 +212,8 @@ class Database:
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection.execute
+                if not self.may_commit():
+                    raise StorageError(f"{self.path}: given up before it was written", hint="check the disk")
                 self._connection.execute("COMMIT")
             except BaseException:
                 with contextlib.suppress(sqlite3.Error):  # a full disk has rolled it back by itself

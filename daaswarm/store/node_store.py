@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import trio
 
-from daaswarm.errors import StorageError
+from daaswarm.errors import OutcomeUnknown, StorageError
 from daaswarm.store.database import Database
 from daaswarm.store.files import Damaged, set_aside, translated
 from daaswarm.store.records import AdvertRecord, Deployment, ModelRecord, PeerRecord
 from daaswarm.store.tally import CallTally
-from daaswarm.types import Dtype, ModelRoot
 
 ACCESS_S = 5.0  # one access; a disk that takes longer hangs, and must not hold the node (or its leaving) up
 REPLACED = 3  # damaged databases set aside in one run: a disk that breaks each of them shouldn't be filled with them
@@ -30,7 +30,8 @@ class NodeStore:
     """What a node remembers. Made by :func:`open_node_store`.
 
     Reading gives what there is; where there is no database that can be read, nothing. Writing either has happened when
-    it returns, or raises :class:`StorageError`; :meth:`save`, which is called again and again, only warns once.
+    it returns, or raises :class:`StorageError`: then it has not, nor will it later, unless it is an
+    :class:`OutcomeUnknown`. :meth:`save`, which is called again and again, warns once instead.
 
     Attributes:
         tally: counts calls until the next :meth:`save`.
@@ -53,7 +54,8 @@ class NodeStore:
         try:
             await self._access(lambda database: database.save(peers, adverts, calls, time.time()))
         except StorageError as error:
-            self.tally.give_back(calls)
+            if not isinstance(error, OutcomeUnknown):  # perhaps counted already: once too few rather than twice
+                self.tally.give_back(calls)
             self._warn(error)
             return False
         if self._has_warned:
@@ -82,15 +84,16 @@ class NodeStore:
         return await self._read(lambda database: database.get_models())
 
     async def put_deployment(self, deployment: Deployment) -> None:
-        """Serve these experts after every start. When this returns, no crash undoes it."""
+        """Serve these experts after every start, or no more. When this returns, no crash undoes it.
+
+        Raises what :meth:`Database.put_deployment` does."""
         await self._access(lambda database: database.put_deployment(deployment))
 
-    async def remove_deployment(self, root: ModelRoot, dtype: Dtype, layers: Sequence[int] | None = None) -> None:
-        """Serve these layers, or all, no more after a start."""
-        await self._access(lambda database: database.remove_deployment(root, dtype, layers))
-
     async def get_deployments(self) -> list[Deployment]:
-        return await self._read(lambda database: database.get_deployments())
+        """Raises:
+        StorageError: they can't be read, which is not to be taken for none: others would be put in their place.
+        """
+        return await self._access(lambda database: database.get_deployments())
 
     # -- in common ----------------------------------------------------------------------------------------------
 
@@ -132,14 +135,22 @@ class NodeStore:
 
     async def _access(self, work: Callable[[Database], T]) -> T:
         """Run ``work`` in the thread. Cancelling doesn't cut it short, as then nobody would know what was written."""
+        decision = _Decision()
         with trio.move_on_after(ACCESS_S, shield=True):
-            return await trio.to_thread.run_sync(self._work, work, limiter=self._limiter, abandon_on_cancel=True)
-        raise StorageError(f"{self.path}: no answer from the disk for {ACCESS_S:g} s", hint="check the disk")
+            return await trio.to_thread.run_sync(
+                self._work, work, decision, limiter=self._limiter, abandon_on_cancel=True
+            )
+        text = f"{self.path}: no answer from the disk for {ACCESS_S:g} s"
+        if decision.take("given up"):
+            raise StorageError(f"{text}; nothing was written", hint="check the disk")
+        raise OutcomeUnknown(
+            f"{text}, and it may still write what it was given", hint="check the disk, then do it again: that is safe"
+        )
 
-    def _work(self, work: Callable[[Database], T]) -> T:
+    def _work(self, work: Callable[[Database], T], decision: _Decision) -> T:
         """In the thread: open what isn't open, and begin anew where the file turns out to be damaged."""
         try:
-            return work(self._open())
+            return work(self._open(decision))
         except Damaged as error:
             if not self._is_owner:
                 raise StorageError(f"{self.path} is damaged: {error}", hint="daaswarm join sets it aside") from error
@@ -148,11 +159,11 @@ class NodeStore:
             self._replaced += 1
             logger.warning("%s", self._replace(error))
             try:
-                return work(self._open())
+                return work(self._open(decision))
             except Damaged as again:  # a disk that breaks what has just been written
                 raise StorageError(f"{self.path} is damaged again: {again}", hint="check the disk") from again
 
-    def _open(self) -> Database:
+    def _open(self, decision: _Decision) -> Database:
         if self._database is not None and not self.path.exists():
             self._database.close()  # somebody removed the file: what is written to it now would be lost
             self._database = None
@@ -160,6 +171,7 @@ class NodeStore:
             with translated(self.path):
                 self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._database = Database.open(self.path)
+        self._database.may_commit = lambda: decision.take("committed")
         return self._database
 
     def _replace(self, error: Damaged) -> str:
@@ -168,6 +180,20 @@ class NodeStore:
             self._database = None
         kept = set_aside(self.path)
         return f"{self.path} is damaged ({error}): it is kept as {kept.name}, and a new one is begun"
+
+
+class _Decision:
+    """Of one write: the thread commits it, or the loop gives it up. Whoever is first has decided, for good."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._taken = ""
+
+    def take(self, decision: Literal["committed", "given up"]) -> bool:
+        """Whether this is the decision."""
+        with self._lock:
+            self._taken = self._taken or decision
+            return self._taken == decision
 
 
 @asynccontextmanager

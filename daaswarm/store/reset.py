@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import msgspec
 
 from daaswarm.errors import StorageError
 from daaswarm.store.data_dir import DataDir
+from daaswarm.store.files import SIDE_FILES
+from daaswarm.store.log_file import LOG_FILES
 
-# Made by daaswarm, as patterns of names. The lock stays: it is held while the others go, and holds nothing.
-MADE = ("node.db*", "chat-history*", "chat-history*", "config.toml.new", ".identity-*")
-LOGS = "node.log*"  # in the folder of logs, which goes when it is empty then
+# Made by daaswarm, as whole names: a copy that its owner made is none of ours, however it is called. The lock stays: it
+# is held while the others go, and holds nothing.
+SIDE = "|".join(map(re.escape, SIDE_FILES))
+MADE = re.compile(
+    rf"node\.db({SIDE})?"
+    rf"|node\.db\.corrupt-\d{{8}}T\d{{6}}Z(-\d+)?({SIDE})?"  # see files.set_aside
+    r"|chat-history(\.new)?|config\.toml\.new|control\.sock"
+    r"|\.identity-[a-z0-9_]{8}"  # as tempfile names it
+)
+LOGS = re.compile(rf"node\.log(\.[1-{LOG_FILES - 1}])?")  # in the folder of logs, which goes when it is empty then
 KEPT_UNLESS_ALL = ("identity.key", "config.toml")
 LEFT = ("node.lock",)
 
 
 class Doomed(msgspec.Struct, frozen=True):
-    """A file that a reset removes."""
+    """A file that a reset removes, or a link: never what it points to."""
 
     path: Path
     bytes: int
@@ -54,16 +64,22 @@ def plan_reset(data_dir: DataDir, *, everything: bool) -> ResetPlan:
                 continue
             if path.name in KEPT_UNLESS_ALL:
                 (doomed if everything else kept).append(path)
+            elif path == data_dir.log_path.parent and path.is_symlink():
+                doomed.append(path)  # the logs behind it are where their owner wants them
             elif path == data_dir.log_path.parent and path.is_dir():
-                doomed += sorted(path.glob(LOGS))
-                foreign += sorted(set(path.iterdir()) - set(doomed))
-            elif path == data_dir.socket_path or any(path.match(pattern) for pattern in MADE):
+                for file in sorted(path.iterdir()):
+                    (doomed if _is_made(file, LOGS) else foreign).append(file)
+            elif _is_made(path, MADE):
                 doomed.append(path)
             else:
                 foreign.append(path)
         return ResetPlan([Doomed(path, path.lstat().st_size) for path in doomed], kept, foreign)
     except OSError as error:
         raise StorageError(f"{error.filename} can't be read: {error.strerror}", hint="check its owner") from error
+
+
+def _is_made(path: Path, names: re.Pattern[str]) -> bool:
+    return names.fullmatch(path.name) is not None and (path.is_symlink() or not path.is_dir())
 
 
 def remove(data_dir: DataDir, plan: ResetPlan) -> None:
@@ -76,7 +92,7 @@ def remove(data_dir: DataDir, plan: ResetPlan) -> None:
         for doomed in plan.doomed:
             doomed.path.unlink(missing_ok=True)
         folder = data_dir.log_path.parent
-        if folder.is_dir() and not any(folder.iterdir()):
+        if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
             folder.rmdir()
     except OSError as error:
         raise StorageError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from daaswarm.cli.output import Output
 from daaswarm.cli.plain_reader import PlainReader, is_plain
 from daaswarm.errors import ConfigError, Interrupted, NoPeerCouldServe
 from daaswarm.models.sources import find_model
-from tests.e2e.terminal import CTRL_C, ENTER, ESCAPE, terminal
+from tests.e2e.processes import run_json, running
+from tests.e2e.terminal import CTRL_C, CTRL_D, ENTER, ESCAPE, terminal
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'][0] }}{{ m['content'] }}{% endfor %}a"
 
@@ -43,6 +45,9 @@ class Node:
         if method == "chat":
             if params["model"] == "gpt-17":
                 raise ConfigError("gpt-17 is not a known model", hint="see daaswarm model list")
+            if params["model"] == "slow":
+                self.begun.set()
+                await trio.sleep_forever()
             self.opened.append(params)
             await emit({"event": "open", "model": params["model"], "model_root": "ab" * 32, "embedded": 3})
             await trio.sleep_forever()
@@ -57,7 +62,7 @@ class Node:
 
 
 class Typist:
-    """Types what it is told; an exception is a key, a function is called first."""
+    """Types what it is told; an exception is a key."""
 
     def __init__(self, *typed: Any) -> None:
         self._typed = list(typed)
@@ -133,6 +138,31 @@ async def test_another_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "gpt-17 is not a known model" in capsys.readouterr().err
 
 
+async def test_after_a_refused_change_there_is_nothing_to_stop() -> None:
+    node = Node()
+    chat = make_chat(node)
+    stopped: list[bool] = []
+
+    class Impatient(Typist):
+        async def read(self) -> str:
+            stopped.append(chat.interrupt())
+            return await super().read()
+
+    chat._reader = Impatient("/model gpt-17", "one", "/model n", "two")
+    await chat.run()
+    assert stopped == [False] * 5 and len(chat.history) == 4
+
+
+async def test_a_change_of_model_can_be_stopped(autojump_clock: object, capsys: pytest.CaptureFixture[str]) -> None:
+    node = Node()
+    chat = make_chat(node, "/model slow", "one")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(chat.run)
+        await node.begun.wait()
+        assert chat.interrupt()
+    assert [asked["model"] for asked in node.asked] == ["m"] and "stopped" in capsys.readouterr().err
+
+
 async def test_a_model_that_can_not_be_asked_ends_the_chat() -> None:
     chat = Chat(Node().call, {**PARAMS, "model": "gpt-17"}, Output(as_json=False), Typist())
     with pytest.raises(ConfigError, match="gpt-17"):
@@ -190,14 +220,18 @@ def test_history_is_private_and_bounded(tmp_path: Path, monkeypatch: pytest.Monk
 # -- in a terminal ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def talkative(moe: Path, tmp_path: Path) -> Path:
+def make_talkative(model: Path, folder: Path) -> Path:
     """The tiny model with a chat template."""
-    folder = Path(shutil.copytree(moe, tmp_path / "talkative"))
+    shutil.copytree(model, folder)
     for path in folder.glob("*manifest*"):
         path.unlink()
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return folder
+
+
+@pytest.fixture
+def talkative(moe: Path, tmp_path: Path) -> Path:
+    return make_talkative(moe, tmp_path / "talkative")
 
 
 @pytest.mark.e2e
@@ -233,6 +267,46 @@ def test_a_chat_in_a_terminal(talkative: Path, cache: Path, tmp_path: Path) -> N
     turns = json.loads((tmp_path / "talk.json").read_text())
     assert [turn["content"] for turn in turns[::2]] == ["first\nsecond\nthird", "pasted\nlines"]
     assert (tmp_path / "home" / "chat-history").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.e2e
+def test_a_chat_with_a_node_that_runs(talkative: Path, dense: Path, cache: Path, tmp_path: Path) -> None:
+    other = make_talkative(dense, tmp_path / "other")
+    home, environment = ["--data-dir", str(tmp_path / "home")], {"DAASWARM_CACHE": str(cache)}
+    with running("join", *home, **environment) as node:
+        node.wait_for("ready")
+        for model in (talkative, other):
+            run_json("expert", "deploy", str(model), *home, **environment)
+        options = ["--model", str(talkative), "--max-tokens", "3", *home]
+        with terminal("infer", *options, **environment) as chat:
+            chat.wait_for("Ctrl-D leaves")
+
+            def say(typed: str, expected: str) -> str:
+                chat.wait_for(">")
+                chat.type(typed + ENTER)
+                return chat.wait_for(expected)
+
+            say("first", "/receipt says by whom]")
+            assert "talkative" in say("/receipt", "ms a call")
+            say("/model gpt-17", "hint: ")
+            say("second", "/receipt says by whom]")  # with the model from before
+            say(f"/model {other}", f"now with {other}")
+            say("third", "/receipt says by whom]")
+            assert "other" in say("/receipt", "ms a call")
+            process = psutil.Process(node.process.pid)
+            process.suspend()  # the answer does not come
+            say("fourth", "waiting for the answer")
+            chat.type(CTRL_C)
+            chat.wait_for("stopped")
+            process.resume()
+            say("fifth", "/receipt says by whom]")
+            say(f"/save {tmp_path / 'talk.json'}", "8 turns")
+            chat.wait_for(">")
+            chat.type(CTRL_D)
+            assert chat.wait() == 0 and "Traceback" not in chat.text
+        assert node.stop(signal.SIGTERM) == 0  # it outlives the chat
+    turns = json.loads((tmp_path / "talk.json").read_text())
+    assert [turn["content"] for turn in turns[::2]] == ["first", "second", "third", "fifth"]
 
 
 @pytest.mark.e2e

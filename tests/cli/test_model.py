@@ -164,6 +164,36 @@ def test_models_in_other_folders_are_listed_and_left_alone(
     assert (moe / "config.json").is_file()
 
 
+def test_a_link_in_the_cache_is_removed_and_its_target_stays(
+    moe: Path, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find_model(str(moe), own)
+    (own / "models").mkdir(parents=True)
+    (own / "models" / "mine").symlink_to(moe)
+    removed = run_json(capsys, "model", "remove", "mine", "--yes")
+    assert removed["folder"] == str(own / "models" / "mine")
+    assert run_json(capsys, "model", "list")["models"] == [] and (moe / "model.safetensors").is_file()
+
+
+def test_of_one_root_the_finished_model_is_removed_first(
+    moe: Path, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pulled = run_json(capsys, "model", "pull", str(moe))
+    root = pulled["model_root"]
+    partial = own / "models" / f".root-{root}.partial"
+    partial.mkdir()
+    assert run_json(capsys, "model", "remove", root, "--yes")["folder"] == pulled["folder"]
+    assert partial.is_dir()
+    assert run_json(capsys, "model", "remove", root, "--yes")["folder"] == str(partial)
+    assert run_json(capsys, "model", "list")["models"] == []
+
+
+def test_an_empty_name_is_nobodys(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (own / "models" / "damaged").mkdir(parents=True)
+    assert "not in the cache" in run_json(capsys, "model", "remove", "", "--yes", code=2)["error"]["message"]
+    assert (own / "models" / "damaged").is_dir()
+
+
 def test_what_a_node_serves_stays(
     moe: Path, own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -119,3 +119,31 @@ def test_a_folder_of_logs_with_something_else_in_it(home: DataDir) -> None:
     (home.log_path.parent / "notes").write_text("mine")
     assert run(["reset", "--yes"]) == 0
     assert "logs/notes" in get_left(home) and "logs/node.log" not in get_left(home)
+
+
+def test_what_only_looks_like_ours_stays(home: DataDir) -> None:
+    mine = ["node.db-backup-of-mine", "node.db.corrupt-old", "chat-history.txt", ".identity-card", "control.sock.txt"]
+    for name in [*mine, "logs/node.log.bak", "logs/node.log.9"]:
+        (home.path / name).write_text("mine")
+    (home.path / "config.toml.new").mkdir()
+    assert run(["reset", "--yes"]) == 0
+    left = get_left(home) - {"identity.key", "config.toml", "node.lock", "diary.txt", "logs"}
+    assert left == {*mine, "logs/node.log.bak", "logs/node.log.9", "config.toml.new"}
+
+
+def test_of_a_link_the_link_goes(home: DataDir, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    home.log_path.parent.rename(elsewhere)
+    home.log_path.parent.symlink_to(elsewhere)
+    home.history_path.rename(tmp_path / "history")
+    home.history_path.symlink_to(tmp_path / "history")
+    before = {path.name for path in elsewhere.iterdir()}
+    assert run(["reset", "--yes"]) == 0
+    assert get_left(home) == {"identity.key", "config.toml", "node.lock", "diary.txt"}
+    assert {path.name for path in elsewhere.iterdir()} == before and (tmp_path / "history").read_text() == "hello"
+
+
+def test_of_a_relative_folder(home: DataDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home.path.parent)
+    assert run(["reset", "--yes", "--data-dir", home.path.name]) == 0
+    assert get_left(home) == {"identity.key", "config.toml", "node.lock", "diary.txt"}

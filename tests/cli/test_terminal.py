@@ -13,8 +13,12 @@ import pytest
 from rich.console import Console
 
 from daaswarm.cli.app import run
+from daaswarm.cli.output import Output
 from daaswarm.cli.progress import Bars
 from daaswarm.store.data_dir import DataDir
+from daaswarm.store.database import Database
+from daaswarm.store.records import Deployment, ModelRecord, PeerRecord
+from daaswarm.types import ModelRoot, PeerId
 from tests.e2e.terminal import CTRL_C, CTRL_D, ENTER, terminal
 
 COLOR = "\x1b[1m"  # names of status are bold
@@ -51,6 +55,62 @@ def test_no_bars_where_the_cursor_can_not_be_moved(monkeypatch: pytest.MonkeyPat
     bars.show(console, "loading", 1, 2)
     bars.end()
     assert shown.getvalue() == ""
+
+
+PEER = "12D3KooWH3uVF6wv47WnArKHk5p6cvgCJEb74UTmxztmQDc298L3"
+HEAD = ["peer", "", "round trip", "addresses"]
+ROWS = [(PEER, "connected", "1.0 ms", "/ip4/1.2.3.4/tcp/1 /ip4/5.6.7.8/tcp/2"), ("x\x1b[2J[b]", "", "", "")]
+
+
+def make_output(*, width: int, is_terminal: bool) -> tuple[Output, io.StringIO]:
+    output, shown = Output(as_json=False), io.StringIO()
+    output.answers = Console(file=shown, width=width, force_terminal=is_terminal, color_system=None)
+    return output, shown
+
+
+@pytest.mark.parametrize(("width", "is_terminal"), [(40, False), (200, True)])
+def test_a_line_for_a_row_where_there_is_room_or_no_terminal(width: int, is_terminal: bool) -> None:
+    output, shown = make_output(width=width, is_terminal=is_terminal)
+    output.table(HEAD, ROWS)
+    head, first, second = shown.getvalue().splitlines()
+    assert head.split() == ["peer", "round", "trip", "addresses"] and second == "x\\x1b[2J[b]"
+    assert first.index("/ip4/1.2.3.4") == head.index("addresses") and first.startswith(f"{PEER}  connected")
+
+
+def test_columns_below_each_other_on_a_narrow_terminal() -> None:
+    output, shown = make_output(width=40, is_terminal=True)
+    output.table(HEAD, ROWS)
+    assert shown.getvalue().splitlines() == [
+        f"peer        {PEER}",  # the terminal breaks it, so that it is copied whole
+        "            connected",
+        "round trip  1.0 ms",
+        "addresses   /ip4/1.2.3.4/tcp/1",
+        "            /ip4/5.6.7.8/tcp/2",
+        "",
+        "peer        x\\x1b[2J[b]",
+    ]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("command", ["peers list", "expert list", "model list"])
+def test_tables_in_a_narrow_terminal(command: str, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    database = Database.open(DataDir(home).database_path)
+    known = PeerRecord(peer_id=PeerId(PEER), addrs=["/ip4/1.2.3.4/tcp/1"], first_seen=1.0, last_seen=2.0)
+    database.save([known], [], [], 3.0)
+    root = ModelRoot("ab" * 32)
+    held = {layer: list(range(layer, layer + 9, 2)) for layer in range(4)}
+    database.put_deployment(
+        Deployment(model_root=root, dtype="f32", name="tiny", source="/models/tiny", held=held, created_at=1.0)
+    )
+    database.put_model(ModelRecord(folder="/models/tiny", model_root=root, name="tiny", kind="moe", used_at=1.0))
+    database.close()
+    options = ["--data-dir", str(home)]
+    with terminal(*command.split(), *options, columns=40, DAASWARM_CACHE=str(tmp_path / "cache")) as shown:
+        assert shown.wait() == 0
+    lines = [line for line in shown.text.splitlines() if "no node runs" not in line]
+    assert len(lines) >= 3 and all(len(line) <= 40 or PEER in line for line in lines), lines
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from daaswarm.core.courtesy import (
     compute_others_share,
     get_quiet_min,
 )
-from daaswarm.core.pacing import BURST_S, TokenBucket
+from daaswarm.core.pacing import BURST_S, KEPT_SHARE, TokenBucket
 from daaswarm.errors import ConfigError
 from daaswarm.types import parse_quiet_hours
 
@@ -141,6 +141,20 @@ def test_no_more_is_sent_than_the_rate_allows(rate: int, takes: list[tuple[float
         allowed = rate * (now + expected + BURST_S)
         assert sent <= allowed * (1 + 1e-9) + 1e-3
         now += expected
+
+
+@given(
+    rate=st.integers(1, 10**9),
+    takes=st.lists(st.tuples(st.floats(0, 10), st.integers(0, 10**9)), min_size=1, max_size=50),
+)
+def test_what_can_wait_leaves_half_a_burst(rate: int, takes: list[tuple[float, int]]) -> None:
+    bucket, now = TokenBucket(rate), 0.0
+    for pause, size in takes:
+        now += pause
+        wait_s = bucket.get_spare_wait_s(size, now)
+        taken = bucket.take_spare(size, now)
+        assert 0 <= taken <= size and (wait_s > 0 or taken >= size - 1)
+        assert bucket.get_wait_s(KEPT_SHARE * rate * BURST_S, now) * rate <= 1e-3
 
 
 def test_what_is_not_sent_is_given_back() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from daaswarm.errors import Busy, ConfigError, NoPeerCouldServe
+from daaswarm.errors import Busy, ConfigError, NoPeerCouldServe, TooLarge
 from daaswarm.inference import batch_cache, batching
 from daaswarm.inference.alone import KeptCache, generate_alone
 from daaswarm.inference.batch_cache import FIRST_TOKENS, BatchCache, RaggedLayer
@@ -134,7 +134,7 @@ def test_answers_join_and_leave(model: Any, monkeypatch: pytest.MonkeyPatch) -> 
 def test_texts_longer_than_the_first_room(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("daaswarm.inference.batch_cache.FIRST_TOKENS", 4)
     batch = make_batch(model)
-    batch._cache = BatchCache(2)
+    batch._cache = BatchCache(2, batching.CACHE_BYTES)
     made = [start(batch, model, make_ids(length), max_tokens=20) for length in (3, 30)]
     finish(batch)
     assert [s.token_ids for s in made] == [get_reference(model, make_ids(length), 20) for length in (3, 30)]
@@ -296,6 +296,116 @@ def test_an_error_costs_the_answers_that_need_it(model: Any, monkeypatch: pytest
     finish(batch)
     assert isinstance(unlucky.error, NoPeerCouldServe) and unlucky.token_ids == []
     assert lucky.error is None and lucky.token_ids == wanted
+
+
+def test_any_error_costs_the_answers_that_fail_alone_too(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = make_batch(model)
+    forward = batch._model.forward
+
+    def fail_for_long_ones(**kwargs: Any) -> Any:
+        if (kwargs["position_ids"] > 30).any():
+            raise TooLarge("rows over a limit")
+        return forward(**kwargs)
+
+    monkeypatch.setattr(model, "forward", fail_for_long_ones)
+    long, short = start(batch, model, make_ids(25), max_tokens=20), start(batch, model, make_ids(5))
+    finish(batch)
+    assert isinstance(long.error, TooLarge) and len(long.token_ids) == 7
+    monkeypatch.undo()
+    assert short.error is None and short.token_ids == get_reference(model, make_ids(5))
+
+
+def test_long_prompts_take_turns(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "PREFILL_TOKENS", 16)
+    batch = make_batch(model)
+    lengths = [100, 5, 80, 7]
+    start(batch, model, make_ids(3), max_tokens=1)  # the cache's size is known then
+    batch.work()
+    made = [start(batch, model, make_ids(length, length)) for length in lengths]
+    finish(batch)
+    for sequence, length in zip(made, lengths, strict=True):
+        assert sequence.token_ids == get_reference(model, make_ids(length, length))
+    ends = [s.ended_at for s in made]
+    assert max(ends[1], ends[3]) < min(ends[0], ends[2])  # type: ignore[type-var]
+    assert max(s.first_token_at or 0 for s in (made[1], made[3])) < (made[2].first_token_at or 0)
+
+
+class TestMemory:
+    """Keys and values of all rows stay within a bound."""
+
+    @pytest.fixture
+    def sizes(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """What the cache held after each pass (bytes)."""
+        monkeypatch.setattr(batch_cache, "FIRST_TOKENS", 16)
+        monkeypatch.setattr(batching, "SPARE_TOKENS", 8)
+        sizes: list[int] = []
+        commit = BatchCache.commit
+
+        def note(cache: BatchCache) -> None:
+            commit(cache)
+            sizes.append(sum(t.nbytes for layer in cache._ragged for t in (layer.keys, layer.values)))  # type: ignore[union-attr]
+
+        monkeypatch.setattr(BatchCache, "commit", note)
+        return sizes
+
+    @pytest.mark.parametrize("tokens", [1, 100, 200, 400])
+    def test_answers_that_grow_too_large_wait(
+        self, model: Any, sizes: list[int], tokens: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        heads, width = model.config.num_key_value_heads, model.config.head_dim
+        limit = tokens * 2 * 2 * heads * width * 4  # two layers, keys and values, four bytes a number
+        monkeypatch.setattr(batching, "CACHE_BYTES", limit)
+        batch = make_batch(model)
+        lengths = [3, 20, 9, 40, 12, 5]
+        made = [start(batch, model, make_ids(length, length), max_tokens=40) for length in lengths]
+        finish(batch)
+        for sequence, length in zip(made, lengths, strict=True):
+            assert sequence.error is None
+            assert sequence.token_ids == get_reference(model, make_ids(length, length), 40)
+            assert sequence.reused_tokens == 0
+        alone = 2 * (max(lengths) + 40) * limit // tokens  # one answer may always run, with room to grow
+        assert max(sizes) <= max(limit, alone)
+
+    def test_the_room_of_a_long_answer_goes_back_when_it_ends(self, model: Any, sizes: list[int]) -> None:
+        batch = make_batch(model)
+        long = start(batch, model, make_ids(200), max_tokens=2)
+        short = start(batch, model, make_ids(5), max_tokens=30)
+        finish(batch)
+        assert long.error is None and short.token_ids == get_reference(model, make_ids(5), 30)
+        assert sizes[-1] * 5 < max(sizes)
+
+    def test_a_layer_without_memory_changes_nothing(
+        self, model: Any, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        batch = make_batch(model)
+        resize = RaggedLayer.resize
+        calls: list[RaggedLayer] = []
+
+        def fail_for_the_second_layer_once(layer: RaggedLayer, rows: int, room: int) -> None:
+            if room > 100:
+                calls.append(layer)
+                if len(calls) == 2:
+                    raise MemoryError
+            resize(layer, rows, room)
+
+        monkeypatch.setattr(RaggedLayer, "resize", fail_for_the_second_layer_once)
+        made = [start(batch, model, make_ids(length), max_tokens=60) for length in (9, 80)]
+        finish(batch)
+        assert len(calls) >= 4
+        for sequence, length in zip(made, (9, 80), strict=True):
+            assert sequence.error is None and sequence.token_ids == get_reference(model, make_ids(length), 60)
+
+
+def test_a_large_cache_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("llama")
+    for limit, reused in ((batching.KEPT_BYTES, 30 + TOKENS - 1), (1000, 0)):
+        monkeypatch.setattr("daaswarm.inference.alone.KEPT_BYTES", limit)
+        kept = KeptCache(model)
+        first = Sequence(model, "m", make_ids(30), Sampling(max_tokens=TOKENS))
+        generate_alone(first, kept)
+        again = Sequence(model, "m", [*first.ids, 5], Sampling(max_tokens=TOKENS))
+        generate_alone(again, kept)
+        assert again.reused_tokens == reused
 
 
 def test_a_bug_leaves_nobody_waiting(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import trio
 
 from daaswarm.core.adverts import Known, to_bitmap
 from daaswarm.core.router import ReplicaRouter
-from daaswarm.errors import ConfigError, ModelError, NoPeerCouldServe, unwrap_groups
+from daaswarm.errors import ConfigError, DaaswarmError, ModelError, NoPeerCouldServe, unwrap_groups
 from daaswarm.inference.batch_cache import BatchCache
 from daaswarm.inference.plan import HostPlan, make_plan
 from daaswarm.inference.prompt import Prompt, encode_prompt
@@ -59,6 +59,7 @@ class Asking:
         self.refreshed: HostPlan | None = None
         self.requester = Requester(swarm.requester, self.find_hosts, nursery, call_timeout_s=10.0)
         self.pieces: list[str] = []
+        self.has_begun = trio.Event()
 
     async def find_hosts(self, model: LocalModel, dtype: Any) -> HostPlan:
         return self.refreshed or self.plan
@@ -67,6 +68,7 @@ class Asking:
         async def emit(event: dict[str, Any]) -> None:
             assert event["event"] == "text"
             (self.pieces if pieces is None else pieces).append(event["text"])
+            self.has_begun.set()
 
         trunk = await self.requester.load(self.swarm.model, "f32", ignore_progress)
         sampling = Sampling(max_tokens=changes.pop("max_tokens", TOKENS))
@@ -250,6 +252,19 @@ async def test_a_bug_in_a_batch_costs_its_answers_only(model: LocalModel, monkey
             with pytest.raises(RuntimeError, match="another row"):
                 await its.ask("Hello")
         await its.ask("Hello")
+
+
+async def test_a_node_that_leaves_says_so(model: LocalModel) -> None:
+    async with asking(model, *HALVES) as its, trio.open_nursery() as nursery:
+
+        async def ask() -> None:
+            with pytest.raises(DaaswarmError, match="the node is leaving"):
+                await its.ask("Hello", max_tokens=400)
+
+        nursery.start_soon(ask)
+        with trio.fail_after(10):
+            await its.has_begun.wait()
+        its.requester._nursery.cancel_scope.cancel()
 
 
 async def test_a_model_without_a_tokenizer(model: LocalModel) -> None:

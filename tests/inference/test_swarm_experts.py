@@ -348,6 +348,40 @@ async def test_a_silent_host_is_given_up_for_a_replica(moe_model: LocalModel, mo
         assert any(host.calls for host in swarm.hosts)
 
 
+async def test_a_silent_host_costs_its_time_once(moe_model: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that failed is done again for each answer by itself: nobody waits for the same host again."""
+
+    async def be_silent(host: Host, call: ExpertCall, body: memoryview) -> Any:
+        await trio.sleep_forever()
+
+    async with open_swarm(moe_model, {0: [0, 1, 2, 3]}, {0: [4, 5, 6, 7]}) as swarm:
+        silent = swarm.hosts[0]
+        silent.behave = be_silent
+        experts = swarm.make_experts(call_timeout_s=0.1)
+        for _ in range(5):
+            with trio.fail_after(10), pytest.raises(NoPeerCouldServe):
+                await compute(experts, 0, make_inputs(moe_model, 9))
+        assert (len(silent.calls), swarm.refreshes) == (2, 1)
+        silent.behave = None
+        monkeypatch.setattr(swarm_experts, "SILENT_S", 0.0)
+        inputs = make_inputs(moe_model, 9)
+        assert_same(await compute(experts, 0, inputs), compute_here(moe_model, 0, inputs))
+
+
+async def test_a_new_plan_gives_a_silent_host_another_chance(moe_model: LocalModel) -> None:
+    async def be_silent(host: Host, call: ExpertCall, body: memoryview) -> Any:
+        await trio.sleep_forever()
+
+    async with open_swarm(moe_model, all_of(moe_model, [0])) as swarm:
+        swarm.hosts[0].behave = be_silent
+        experts, inputs = swarm.make_experts(call_timeout_s=0.1), make_inputs(moe_model, 3)
+        with trio.fail_after(10), pytest.raises(NoPeerCouldServe):
+            await compute(experts, 0, inputs)
+        swarm.hosts[0].behave = None
+        experts.use_plan(swarm.make_plan())
+        assert_same(await compute(experts, 0, inputs), compute_here(moe_model, 0, inputs))
+
+
 async def test_the_deadline_of_a_call_without_a_replica(moe_model: LocalModel) -> None:
     async def be_silent(host: Host, call: ExpertCall, body: memoryview) -> Any:
         await trio.sleep_forever()

@@ -50,10 +50,10 @@ def test_make_once_starts_afresh_after_an_interruption(tmp_path: Path) -> None:
     def finished(folder: Path) -> None:
         (folder / "whole").write_text("x")
 
-    (tmp_path / ".model-killed").mkdir()  # what a killed process leaves
+    (tmp_path / ".model-killed_1").mkdir()  # what a killed process leaves
     make_once(tmp_path / "model", finished, quiet)
     assert [p.name for p in (tmp_path / "model").iterdir()] == ["whole"]
-    assert not (tmp_path / ".model-killed").exists()
+    assert not (tmp_path / ".model-killed_1").exists()
 
 
 def test_the_second_waits_for_the_first(tmp_path: Path) -> None:

@@ -104,6 +104,9 @@ def test_a_prompt_is_checked_without_hosts(model: LocalModel, tmp_path: Path) ->
     check_prompt(model, "Hello", None, False)
     with pytest.raises(ConfigError, match=r"the prompt has \d+ tokens; .* takes \d+"):
         check_prompt(model, "x" * 3000, None, False)
+    earlier = [{"role": "user", "content": "x" * 3000}, {"role": "assistant", "content": "y"}]
+    with pytest.raises(ConfigError, match=r"the prompt has \d+ tokens|conversation"):
+        check_prompt(model, "Hello", None, False, earlier)
     folder = tmp_path / "copy"
     shutil.copytree(model.folder, folder)
     for path in [*folder.glob("tokenizer*"), *folder.glob("vocab*"), *folder.glob("special*")]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
@@ -15,15 +16,16 @@ import trio
 
 from daaswarm.config import HostConfig
 from daaswarm.core.adverts import Known
-from daaswarm.errors import ModelError, NoPeerCouldServe, RemoteProtocolError
+from daaswarm.errors import Busy, DeadlineExceeded, ExpertError, ModelError, NoPeerCouldServe, RemoteProtocolError
 from daaswarm.messages import Advert, Contact, Failure, GetModelPart, ModelPart, Reply, Request, Signed
 from daaswarm.models import assembly as assembly_room
 from daaswarm.models.manifest import MANIFEST_BYTES, Manifest, get_root
-from daaswarm.models.manifest_file import MANIFEST_NAME
+from daaswarm.models.manifest_file import MANIFEST_NAME, load_manifest
 from daaswarm.models.sources import LocalModel, find_model, list_models
 from daaswarm.net.handshake import Identity
 from daaswarm.net.memory import MemoryHub
 from daaswarm.net.pool import ConnectionPool
+from daaswarm.node import givers as givers_room
 from daaswarm.node import pulling as room
 from daaswarm.node.neighbour import GoodNeighbour
 from daaswarm.node.pulling import Pulling
@@ -61,7 +63,7 @@ class Giver:
         self.asked.append(message)
 
         async def answer() -> tuple[ModelPart, Body]:
-            return await self.sharing.answer(message, deadline_s)
+            return await self.sharing.answer(peer, message, deadline_s)
 
         return await (answer() if self.behave is None else self.behave(message, answer))
 
@@ -94,7 +96,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LocalModel:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DAASWARM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(room, "PIECE_BYTES", 32_768)
-    monkeypatch.setattr(room, "PIECE_S", 1.0)
+    monkeypatch.setattr(givers_room, "PIECE_S", 1.0)
     monkeypatch.setattr(assembly_room, "UNIT_BYTES", 65_536)
     return tmp_path / "cache"
 
@@ -184,6 +186,25 @@ async def refuse(message: GetModelPart, answer: Any) -> tuple[Reply, Body]:
     return Failure(code="expert_error", message="not here"), []
 
 
+async def blame_the_user(message: GetModelPart, answer: Any) -> tuple[Reply, Body]:
+    return Failure(code="bad_input", message="you did it"), []
+
+
+async def blame_the_model(message: GetModelPart, answer: Any) -> tuple[Reply, Body]:
+    return await answer() if message.kind == "manifest" else (Failure(code="bad_model", message="it is bad"), [])
+
+
+async def blame_a_tensor(message: GetModelPart, answer: Any) -> tuple[Reply, Body]:
+    return (Failure(code="bad_input", message="no"), []) if message.kind == "tensor" else await answer()
+
+
+async def be_slow(message: GetModelPart, answer: Any) -> tuple[Reply, Body]:
+    """Every piece comes just in time."""
+    if message.kind == "tensor":
+        await trio.sleep(0.8)
+    return await answer()
+
+
 async def be_silent(message: GetModelPart, answer: Any) -> tuple[Reply, Body]:
     if message.kind == "tensor":
         await trio.sleep_forever()
@@ -194,7 +215,7 @@ async def be_silent(message: GetModelPart, answer: Any) -> tuple[Reply, Body]:
     "behave",
     [
         give_wrong_bytes, give_too_much, give_too_little, give_another_size, give_gigabytes, give_another_manifest,
-        give_wrong_files, refuse, be_silent,
+        give_wrong_files, refuse, be_silent, blame_the_user, blame_the_model, blame_a_tensor,
     ],
 )  # fmt: skip
 async def test_a_bad_peer_is_dropped(model: LocalModel, cache: Path, behave: Behaviour) -> None:
@@ -206,7 +227,7 @@ async def test_a_bad_peer_is_dropped(model: LocalModel, cache: Path, behave: Beh
     check_same(model, Path(result["folder"]), cache)
 
 
-@pytest.mark.parametrize("behave", [give_wrong_bytes, give_too_much, be_silent, refuse])
+@pytest.mark.parametrize("behave", [give_wrong_bytes, give_too_much, be_silent, refuse, blame_the_user, blame_a_tensor])
 async def test_only_bad_peers(model: LocalModel, cache: Path, behave: Behaviour) -> None:
     async with open_puller(model, Giver(model, behave)) as puller:
         with pytest.raises(NoPeerCouldServe, match="can't be pulled"):
@@ -242,6 +263,136 @@ async def test_a_peer_that_stops_half_way(model: LocalModel, cache: Path) -> Non
     check_same(model, Path(result["folder"]), cache)
 
 
+async def test_a_unit_has_a_deadline(model: LocalModel, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer each of whose pieces comes in time may still be too slow."""
+    monkeypatch.setattr(room, "UNIT_S", 0.2)
+    monkeypatch.setattr(room, "SLOWEST_BYTES_PER_S", 1e12)
+    slow, good = Giver(model, be_slow), Giver(model)
+    async with open_puller(model, slow, good) as puller:
+        result = await pull(puller, model.root)
+    assert "too long" in result["peers"][0]["dropped"] and not result["peers"][1]["dropped"]
+
+
+async def test_the_only_peer_gets_more_time(model: LocalModel, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "UNIT_S", 0.5)
+    monkeypatch.setattr(room, "SLOWEST_BYTES_PER_S", 1e12)
+    monkeypatch.setattr(room, "PIECE_BYTES", 1 << 20)
+
+    async def be_slow_once(message: GetModelPart, answer: Any) -> tuple[Reply, Body]:
+        if message.name == model.manifest.entries[0].name:
+            await trio.sleep(0.7)
+        return await answer()
+
+    async with open_puller(model, Giver(model, be_slow_once)) as puller:
+        result = await pull(puller, model.root)
+    check_same(model, Path(result["folder"]), cache)
+
+
+async def test_slow_peers_keep_nobody_from_a_turn(
+    model: LocalModel, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than are asked at a time: who comes after them gets the place of the first that is too slow."""
+    monkeypatch.setattr(room, "PEERS", 2)
+    monkeypatch.setattr(room, "UNIT_S", 0.2)
+    monkeypatch.setattr(room, "SLOWEST_BYTES_PER_S", 1e12)
+    givers = [*(Giver(model, be_slow) for _ in range(3)), Giver(model)]
+    async with open_puller(model, *givers) as puller:
+        result = await pull(puller, model.root)
+    assert not result["peers"][-1]["dropped"]
+    assert sum(ask.size for ask in givers[-1].asked if ask.kind == "tensor") == sum(
+        unit.nbytes for entry in model.manifest.entries for unit in assembly_room.split(entry)
+    )
+
+
+async def test_an_idle_peer_takes_over(model: LocalModel, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of a pull does not wait for a peer that is within its deadline and far slower than another."""
+    monkeypatch.setattr(room, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(room, "IDLE_LOOK_S", 0.02)
+    monkeypatch.setattr(givers_room, "PIECE_S", 20.0)
+    asked = trio.Event()
+
+    async def dawdle(message: GetModelPart, answer: Any) -> tuple[Reply, Body]:
+        if message.kind == "tensor":
+            asked.set()
+            await trio.sleep(15)
+        return await answer()
+
+    async def wait_for_it(message: GetModelPart, answer: Any) -> tuple[Reply, Body]:
+        if message.kind == "tensor":
+            await asked.wait()
+        return await answer()
+
+    slow, good = Giver(model, dawdle), Giver(model, wait_for_it)
+    async with open_puller(model, slow, good) as puller:
+        result = await pull(puller, model.root)
+    assert "too long" in result["peers"][0]["dropped"] and not result["peers"][1]["dropped"]
+    check_same(model, Path(result["folder"]), cache)
+
+
+async def test_a_peer_that_is_always_busy(model: LocalModel, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another has the manifest: the busy one's turn ends."""
+    monkeypatch.setattr(room, "TURNS_S", (0.2, 20.0))
+    monkeypatch.setattr(room, "PATIENCE_S", 0.1)
+
+    async def be_busy(message: GetModelPart, answer: Any) -> tuple[Reply, Body]:
+        raise Busy("later", retry_after_s=0.1)
+
+    busy, good = Giver(model, be_busy), Giver(model)
+    async with open_puller(model, busy, good) as puller:
+        await pull(puller, model.root)
+    assert len([ask for ask in busy.asked if ask.kind == "manifest"]) < 5
+    assert not [ask for ask in busy.asked if ask.kind == "file"]  # who was late comes last
+
+
+async def test_the_disk_is_not_waited_for_on_trios_thread(
+    model: LocalModel, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process has finished the model while this one waited for the lock."""
+    threads: list[threading.Thread] = []
+
+    def load(path: Path) -> Manifest:
+        threads.append(threading.current_thread())
+        return load_manifest(path)
+
+    async with open_puller(model, Giver(model)) as puller:
+        await pull(puller, model.root)
+        monkeypatch.setattr(room, "find_known", lambda root, cache: None)
+        monkeypatch.setattr(room, "load_manifest", load)
+        again = await pull(puller, model.root)
+    assert again["bytes_received"] == 0
+    assert threads and threading.main_thread() not in threads
+
+
+async def test_names_cost_nothing() -> None:
+    """Of many peers at one address one is asked before those of other addresses, and who was late is asked last."""
+    peers = {"a": "/ip4/1.2.3.4/tcp/1", "b": "/ip4/1.2.3.4/tcp/2", "c": "/ip4/1.2.3.4/tcp/3", "d": "/ip4/5.6.7.8/tcp/1"}
+
+    class Found(NamedTuple):
+        advert: Contact
+
+    class Discovering:
+        async def find_adverts(self, root: str) -> list[Found]:
+            return [Found(Contact(peer_id=peer, addrs=[addr])) for peer, addr in peers.items()]
+
+    async def say(text: str) -> None: ...
+
+    class Connecting:
+        peer_id = "me"
+
+        def get(self, peer_id: str) -> None: ...
+
+    givers = givers_room.Givers(Connecting(), Discovering(), ModelRoot("ab" * 32), say)  # type: ignore[arg-type]
+    await givers.find()
+    assert [source.contact.peer_id for source in givers.rank()] == ["a", "d", "b", "c"]
+    await givers.drop(givers.all[0], DeadlineExceeded("slow"))
+    assert [source.contact.peer_id for source in givers.rank()] == ["d", "b", "c"]
+    for source in givers.all[1:]:
+        await givers.drop(source, ExpertError("gone"))
+    givers.all[3].late += 1
+    await givers.find()
+    assert [source.contact.peer_id for source in givers.rank()] == ["a", "b", "c", "d"]
+
+
 async def test_cancelled(model: LocalModel, cache: Path) -> None:
     giver = Giver(model, be_silent)
     async with open_puller(model, giver) as puller:
@@ -275,5 +426,5 @@ async def test_what_is_not_given(model: LocalModel, kind: str, name: str, offset
     giver = Giver(model)
     message = GetModelPart(model_root=model.root, kind=kind, name=name, offset=offset, size=10)
     with pytest.raises((room.DaaswarmError,)):
-        await giver.sharing.answer(message, 10.0)
+        await giver.sharing.answer(PeerId("stranger"), message, 10.0)
     giver.sharing.close()

@@ -13,7 +13,6 @@ from daaswarm.store import database as rooms
 from daaswarm.store.database import SEQ_MAX, Database, read_database
 from tests.store.store_helpers import (
     NOW,
-    ROOT,
     fill,
     make_advert,
     make_calls,
@@ -77,12 +76,21 @@ def test_deployments(database: Database) -> None:
     database.put_deployment(make_deployment(held={3: [2, 5], 4: [65_535]}))
     first, second = database.get_deployments()
     assert first == make_deployment(held={0: [0, 9], 3: [2, 5], 4: [65_535]}) and second.dtype == "bf16"
-    database.remove_deployment(ROOT, "f32", [3, 7])
-    assert database.get_deployments()[0].held == {0: [0, 9], 4: [65_535]}
-    database.remove_deployment(ROOT, "f32", [0, 4])
+    database.put_deployment(make_deployment(held={0: [9], 3: [], 7: []}))  # parts of layers and whole ones, at once
+    assert database.get_deployments()[0].held == {0: [9], 4: [65_535]}
+    database.put_deployment(make_deployment(held={0: [], 4: []}))
     assert database.get_deployments() == [second]  # nothing left of it: gone
-    database.remove_deployment(ROOT, "bf16")
+    database.put_deployment(make_deployment(dtype="bf16", held={1: []}))
     assert database.get_deployments() == []
+
+
+def test_a_removal_is_whole_or_not_at_all(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    database.put_deployment(make_deployment())
+    with monkeypatch.context() as patch:
+        patch.setattr(rooms, "to_bitmap", lambda experts: "the disk refuses")  # for layer 3, when 0 is gone already
+        with pytest.raises(StorageError):
+            database.put_deployment(make_deployment(held={0: [], 3: [2]}))
+    assert database.get_deployments() == [make_deployment()]
 
 
 def test_rows_are_bounded(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,14 @@ from pathlib import Path
 import pytest
 import trio
 
-from daaswarm.errors import ConfigError, StorageError
+from daaswarm.core.adverts import to_bitmap
+from daaswarm.errors import ConfigError, OutcomeUnknown, StorageError
+from daaswarm.store import database as database_module
 from daaswarm.store import node_store
 from daaswarm.store.database import Database
+from daaswarm.store.files import Damaged
 from daaswarm.store.node_store import open_node_store
+from daaswarm.store.records import Deployment
 from daaswarm.store.tally import CallTally
 from tests.store.store_helpers import (
     NOW,
@@ -58,7 +62,7 @@ async def test_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert await store.get_models() == [make_model()]
         assert await store.get_deployments() == [make_deployment()]
         await store.remove_model("/models/m")
-        await store.remove_deployment(ROOT, "f32")
+        await store.put_deployment(make_deployment(held={0: [], 3: []}))
         assert await store.get_models() == [] and await store.get_deployments() == []
     database = Database.open(path)
     assert database.get_calls() == [make_calls()]
@@ -76,6 +80,90 @@ async def test_the_event_loop_is_not_held_up(tmp_path: Path, monkeypatch: pytest
             await store.put_deployment(make_deployment())  # waits its turn, not for ever
         hang.set()
         monkeypatch.setattr(node_store, "ACCESS_S", 5.0)
+
+
+async def test_a_write_given_up_does_not_happen_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was told to have failed, and the disk answers after all."""
+    go_on = threading.Event()
+
+    def hang(held: list[int]) -> bytes:
+        go_on.wait(10)
+        return to_bitmap(held)
+
+    async with open_node_store(tmp_path / "node.db") as store:
+        store.tally.note("served", make_peer_id(1), ROOT, NOW, calls=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(node_store, "ACCESS_S", 0.05)
+            patch.setattr(database_module, "to_bitmap", hang)
+            with pytest.raises(StorageError, match="nothing was written") as info:
+                await store.put_deployment(make_deployment())
+            assert not isinstance(info.value, OutcomeUnknown)
+            assert not await store.save([], []) and len(store.tally)
+        go_on.set()
+        assert await store.get_deployments() == []  # reads when that write has ended
+        await store.put_deployment(make_deployment())
+        assert await store.save([], []) and not len(store.tally)
+
+
+async def test_a_write_that_may_still_happen_is_not_said_to_have_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk hangs in the commit, which nobody can take back."""
+    go_on = threading.Event()
+
+    class Hanging:
+        def __init__(self, connection: sqlite3.Connection) -> None:
+            self.connection = connection
+
+        def execute(self, statement: str, *arguments: object) -> object:
+            if statement == "COMMIT":
+                go_on.wait(10)
+            return self.connection.execute(statement, *arguments)  # type: ignore[arg-type]
+
+    async with open_node_store(tmp_path / "node.db") as store:
+        assert store._database is not None
+        connection = store._database._connection
+        for write in ("deployment", "calls"):
+            go_on.clear()
+            monkeypatch.setattr(node_store, "ACCESS_S", 0.05)
+            monkeypatch.setattr(store._database, "_connection", Hanging(connection))
+            if write == "deployment":
+                with pytest.raises(OutcomeUnknown, match="may still write"):
+                    await store.put_deployment(make_deployment())
+            else:
+                store.tally.note("served", make_peer_id(1), ROOT, NOW, calls=1)
+                assert not await store.save([], []) and not len(store.tally)  # or they could be counted twice
+            go_on.set()
+            monkeypatch.setattr(node_store, "ACCESS_S", 5.0)
+            assert await store.get_deployments() == [make_deployment()]  # reads when that write has ended
+            monkeypatch.setattr(store._database, "_connection", connection)
+        assert [calls.calls for calls in store._database.get_calls()] == [1]
+
+
+async def test_a_disk_that_breaks_in_a_commit_gets_a_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_node_store(tmp_path / "node.db") as store:
+        put = Database.put_deployment
+        broken: list[bool] = []
+
+        def break_once(database: Database, deployment: Deployment) -> None:
+            put(database, deployment)
+            if not broken:
+                broken.append(True)
+                raise Damaged("database disk image is malformed")
+
+        monkeypatch.setattr(Database, "put_deployment", break_once)
+        await store.put_deployment(make_deployment())
+        assert await store.get_deployments() == [make_deployment()] and list(tmp_path.glob("*corrupt*"))
+
+
+async def test_deployments_that_can_not_be_read_are_not_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(database: Database) -> None:
+        raise StorageError("node.db: disk I/O error", hint="check the disk")
+
+    async with open_node_store(tmp_path / "node.db") as store:
+        monkeypatch.setattr(Database, "get_deployments", refuse)
+        with pytest.raises(StorageError):
+            await store.get_deployments()
 
 
 async def test_a_cancelled_write_is_whole(tmp_path: Path) -> None:
