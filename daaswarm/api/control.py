@@ -165,6 +165,8 @@ async def _serve_client(stream: trio.SocketStream, handler: ControlHandler, limi
                     with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                         await emit({**describe_error(failed), "exit_code": get_exit_code(failed)})
                 nursery.cancel_scope.cancel()
+    except Exception:  # a bug costs its client, not the node
+        logger.exception("control socket: a client could not be served")
     finally:
         limiter.release()
 
@@ -203,12 +205,26 @@ class _Lines:
 
 
 def _encode_line(value: dict[str, Any]) -> bytes:
-    line = msgspec.json.encode(value) + b"\n"
+    try:
+        line = msgspec.json.encode(value) + b"\n"
+    except UnicodeEncodeError:  # a file's name, in some error, may be no text
+        line = msgspec.json.encode(_as_text(value)) + b"\n"
     if len(line) > LINE_BYTES:
         raise TooLarge(
             f"{format_bytes(len(line))} at once to or from the node; {format_bytes(LINE_BYTES)} is the limit"
         )
     return line
+
+
+def _as_text(value: Any) -> Any:
+    """The same with what can't be written in UTF-8 as escapes."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_as_text(key): _as_text(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_text(item) for item in value]
+    return value
 
 
 def _decode_line(line: bytes, kind: type[T]) -> T:

@@ -45,6 +45,8 @@ class Node:
             raise ExceptionGroup("", [NoPeerCouldServe("nobody", hint="wait", missing={3: [0, 1]}, text="so far")])
         if method == "large":
             return {"text": "x" * 2000}
+        if method == "name":
+            raise ConfigError("no file \udce9.txt", hint="look at \udce9")
         if method == "bug":
             return {"x": params["missing"]}
         raise ConfigError(f"unknown method {method!r}", hint="none")
@@ -235,3 +237,22 @@ async def test_a_node_that_stops_in_between(path: Path) -> None:
 async def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="control socket"):
         await serve_control(tmp_path / "missing" / "control.sock", Node().handle)
+
+
+async def test_a_name_that_is_no_text_costs_nobody_anything(path: Path) -> None:
+    async with serving(path):
+        for _ in range(2):
+            with pytest.raises(RemoteError, match=r"no file \\udce9\.txt"):
+                await ask(path, "name", {})
+
+
+async def test_a_bug_here_costs_its_client_only(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(path):
+        with monkeypatch.context() as patch:
+            patch.setattr(control, "get_exit_code", lambda error: 1 // 0)
+            with pytest.raises(Offline):
+                await ask(path, "name", {})
+        assert "could not be served" in caplog.text
+        assert await ask(path, "count", {"to": 1})
