@@ -1,7 +1,7 @@
 """The control socket: how ``status``, ``host-expert`` and ``infer`` reach a node that already runs.
 
-A Unix socket, mode 0600, in the data directory. The client sends a line of JSON, ``{"method": ..., "params": {...}}``;
-the node answers with lines of JSON: ``{"event": "accepted"}`` at once, then the method's events, ``{"result": ...}`` or
+It is at :mod:`daaswarm.api.endpoint`. The client sends a line of JSON, ``{"method": ..., "params": {...}}``; the node
+answers with lines of JSON: ``{"event": "accepted"}`` at once, then the method's events, ``{"result": ...}`` or
 ``{"error": ...}`` last. A client that goes away cancels what it asked for.
 """
 
@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import os
-import socket
-import stat
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,8 +18,8 @@ from typing import Any, TypeVar
 import msgspec
 import trio
 
+from daaswarm.api.endpoint import Endpoint, connect, listen
 from daaswarm.errors import (
-    ConfigError,
     DaaswarmError,
     NoPeerCouldServe,
     Offline,
@@ -73,40 +71,30 @@ class RemoteError(DaaswarmError):
         self.exit_code = exit_code
 
 
-async def serve_control(path: Path, handler: ControlHandler, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
+async def serve_control(
+    path: Path,
+    handler: ControlHandler,
+    *,
+    over_tcp: bool = sys.platform == "win32",
+    task_status: Any = trio.TASK_STATUS_IGNORED,
+) -> None:
     """Answer on the socket until cancelled. The caller holds the data directory's lock, so a leftover file is stale.
 
     Raises:
         ConfigError: the socket can't be made there.
     """
     limiter = trio.Semaphore(CLIENTS)
-    _remove(path)
-    listening = trio.socket.from_stdlib_socket(_bind(path))
+    endpoint = listen(path, over_tcp=over_tcp)
+    listening = trio.socket.from_stdlib_socket(endpoint.socket)
     try:
         async with trio.open_nursery() as nursery:
             task_status.started()
             while True:
                 await limiter.acquire()
                 client = await _accept(listening)
-                nursery.start_soon(_serve_client, trio.SocketStream(client), handler, limiter)
+                nursery.start_soon(_serve_client, endpoint, trio.SocketStream(client), handler, limiter)
     finally:
-        listening.close()
-        _remove(path)
-
-
-def _bind(path: Path) -> socket.socket:
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        before = os.umask(0o177)  # of the whole process: nothing may run between this and the next line but one
-        try:
-            listening.bind(os.fspath(path))
-        finally:
-            os.umask(before)
-        listening.listen(16)
-    except OSError as error:
-        listening.close()
-        raise ConfigError(f"control socket {path}: {error.strerror}", hint="choose another --data-dir") from error
-    return listening
+        endpoint.close()
 
 
 async def _accept(listening: trio.socket.SocketType) -> trio.socket.SocketType:
@@ -120,12 +108,9 @@ async def _accept(listening: trio.socket.SocketType) -> trio.socket.SocketType:
             await trio.sleep(ACCEPT_PAUSE_S)
 
 
-def _remove(path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
-
-
-async def _serve_client(stream: trio.SocketStream, handler: ControlHandler, limiter: trio.Semaphore) -> None:
+async def _serve_client(
+    endpoint: Endpoint, stream: trio.SocketStream, handler: ControlHandler, limiter: trio.Semaphore
+) -> None:
     turn = trio.Lock()  # several tasks of one request may report at the same time
 
     async def emit(event: dict[str, Any]) -> None:
@@ -143,6 +128,9 @@ async def _serve_client(stream: trio.SocketStream, handler: ControlHandler, limi
         async with stream:
             try:
                 with trio.fail_after(REQUEST_S):
+                    if not await endpoint.admit(stream):
+                        logger.info("control socket: a client didn't know the secret")
+                        return
                     asked = _decode_line(await _Lines(stream).read(), Asked)
                     await emit(ACCEPTED)
             except (trio.TooSlowError, trio.BrokenResourceError, DaaswarmError, EOFError) as error:
@@ -234,19 +222,6 @@ def _decode_line(line: bytes, kind: type[T]) -> T:
         raise RemoteProtocolError(f"an undecodable line: {error}") from error
 
 
-def is_running(path: Path) -> bool:
-    """Whether a node answers on the socket."""
-    try:
-        if not stat.S_ISSOCK(path.stat().st_mode):
-            return False
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.settimeout(2.0)  # a local accept queue answers at once or is stuck
-            probe.connect(os.fspath(path))
-            return True
-    except OSError:
-        return False
-
-
 async def request(path: Path, method: str, params: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
     """Ask a running node; yields its events, the last one ``{"result": ...}``.
 
@@ -258,9 +233,12 @@ async def request(path: Path, method: str, params: dict[str, Any]) -> AsyncGener
     """
     line = _encode_line({"method": method, "params": params})
     try:
-        stream = await trio.open_unix_socket(os.fspath(path))
+        with trio.fail_after(ACCEPTED_S):
+            stream = await connect(path)
     except OSError as error:
         raise Offline(f"the node at {path} doesn't answer: {error.strerror}", hint="start it again") from error
+    except trio.TooSlowError:
+        raise _stuck(path) from None
     lines = _Lines(stream)
     async with stream:
         try:
@@ -270,10 +248,7 @@ async def request(path: Path, method: str, params: dict[str, Any]) -> AsyncGener
                         await stream.send_all(line)
                     event = _decode_line(await lines.read(), dict[str, Any])
             except trio.TooSlowError:
-                raise Offline(
-                    f"the node at {path} runs, but has not answered for {ACCEPTED_S:g} s",
-                    hint="it is stopped, stuck or serves too many clients: continue it, or kill it and start it again",
-                ) from None
+                raise _stuck(path) from None
             while True:
                 if "error" in event:
                     raise RemoteError(event, event.pop("exit_code"))
@@ -285,3 +260,10 @@ async def request(path: Path, method: str, params: dict[str, Any]) -> AsyncGener
         except EOFError:
             text = "the node stopped before it had answered"
             raise Offline(text, hint="look at its output, start it again") from None
+
+
+def _stuck(path: Path) -> Offline:
+    return Offline(
+        f"the node at {path} runs, but has not answered for {ACCEPTED_S:g} s",
+        hint="it is stopped, stuck or serves too many clients: continue it, or kill it and start it again",
+    )

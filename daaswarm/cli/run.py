@@ -12,7 +12,8 @@ from typing import Any
 
 import trio
 
-from daaswarm.api.control import Emit, is_running, request
+from daaswarm.api.control import Emit, request
+from daaswarm.api.endpoint import is_running
 from daaswarm.cli.log_setup import set_up_logging
 from daaswarm.cli.output import Output
 from daaswarm.cli.progress import BARS

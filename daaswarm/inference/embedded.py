@@ -35,6 +35,11 @@ NOT_THEIRS = (  # settings of this node that a host of its own must not have: ad
 )
 SAID_PIECES = 256  # of the children's messages waiting to be shown, at most 64 KiB each; then they are dropped
 
+# Ctrl-C in the terminal reaches us alone; we stop them.
+_APART: dict[str, Any] = (
+    {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if sys.platform == "win32" else {"start_new_session": True}
+)
+
 
 @dataclass(frozen=True)
 class EmbeddedHost:
@@ -112,7 +117,7 @@ async def run_embedded_hosts(
                             stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE,
                             env=environment,
-                            start_new_session=True,  # Ctrl-C in the terminal reaches us alone; we stop them
+                            **_APART,
                         )
                         processes.append(process)
                         nursery.start_soon(_drain, process, said)

@@ -7,6 +7,7 @@ import hashlib
 import select
 import socket
 import ssl
+import sys
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -181,9 +182,12 @@ class TlsCarrier:
         await trio.lowlevel.wait_writable(self._sock.fileno())
 
     def wait_readable_blocking(self, timeout_s: float) -> None:
-        poll = select.poll()
-        poll.register(self._sock, select.POLLIN)
-        poll.poll(timeout_s * 1000)
+        if sys.platform == "win32":
+            select.select([self._sock], [], [], timeout_s)
+        else:  # select() refuses descriptors above 1,023
+            poll = select.poll()
+            poll.register(self._sock, select.POLLIN)
+            poll.poll(timeout_s * 1000)
 
     def shut_down(self) -> None:
         with contextlib.suppress(OSError):  # it may be broken already

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from nacl.signing import SigningKey
 
 from daaswarm.errors import ConfigError
 
+LOCKED_BYTE = 1 << 20  # on Windows, where a locked byte can't be read: behind what the file says
 SOCKET_PATH_BYTES = 100  # sun_path holds 104 (macOS) to 108 (Linux)
 
 
@@ -50,6 +52,8 @@ class DataDir:
     def socket_path(self) -> Path:
         """Where a running node answers. A path too long for a socket gets a short one in the temporary folder."""
         path = self.path.absolute() / "control.sock"
+        if sys.platform == "win32":  # a file there, of any length
+            return path
         if len(os.fsencode(path)) <= SOCKET_PATH_BYTES:
             return path
         digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
@@ -123,8 +127,6 @@ class DataDir:
         Raises:
             ConfigError: another node runs on it.
         """
-        import fcntl
-
         self.create()
         try:
             opened = self.lock_path.open("a+b", buffering=0)
@@ -134,7 +136,7 @@ class DataDir:
             ) from error
         with opened as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(file.fileno())
             except OSError:
                 file.seek(0)
                 owner = file.read(32).decode("ascii", "replace").strip()
@@ -150,3 +152,18 @@ class DataDir:
             finally:
                 with contextlib.suppress(OSError):
                     file.truncate(0)
+
+
+def _lock(file: int) -> None:
+    """Raises:
+    OSError: another process holds it.
+    """
+    if sys.platform == "win32":
+        import msvcrt
+
+        os.lseek(file, LOCKED_BYTE, os.SEEK_SET)
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

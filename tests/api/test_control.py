@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import socket
 import stat
 import sys
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ import pytest
 import trio
 
 from daaswarm.api import control
-from daaswarm.api.control import Emit, RemoteError, is_running, request, serve_control
+from daaswarm.api.control import Emit, RemoteError, request, serve_control
+from daaswarm.api.endpoint import LOOPBACK, connect, is_running, listen
 from daaswarm.errors import ConfigError, NoPeerCouldServe, Offline, RemoteProtocolError, TooLarge
 
 if sys.version_info < (3, 11):
@@ -56,7 +60,7 @@ class Node:
 async def serving(path: Path) -> AsyncIterator[Node]:
     node = Node()
     async with trio.open_nursery() as nursery:
-        await nursery.start(serve_control, path, node.handle)
+        await nursery.start(partial(serve_control, path, node.handle, over_tcp=path.suffix == ".tcp"))
         yield node
         nursery.cancel_scope.cancel()
 
@@ -66,14 +70,19 @@ async def ask(path: Path, method: str, params: dict[str, Any]) -> list[dict[str,
         return [event async for event in events]
 
 
+@pytest.fixture(params=["unix", "tcp"])
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return tmp_path / f"control.{request.param}"
+
+
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "control.sock"
+def unix_path(tmp_path: Path) -> Path:
+    return tmp_path / "control.unix"
 
 
 async def test_events_then_the_result(path: Path) -> None:
     async with serving(path):
-        assert is_running(path)
+        assert await trio.to_thread.run_sync(is_running, path)
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert await ask(path, "count", {"to": 3}) == [
             *({"event": "n", "n": n} for n in range(3)),
@@ -115,7 +124,7 @@ async def test_a_client_that_goes_away_cancels_what_it_asked_for(path: Path) -> 
 
 
 async def test_a_client_that_never_reads_holds_up_only_itself(path: Path) -> None:
-    async with serving(path), await trio.open_unix_socket(os.fspath(path)) as stream:
+    async with serving(path), await connect(path) as stream:
         await stream.send_all(b'{"method": "count", "params": {"to": 100000}}\n')
         await trio.testing.wait_all_tasks_blocked(0.05)
         assert len(await ask(path, "count", {"to": 1})) == 2
@@ -141,7 +150,7 @@ async def test_a_client_that_never_reads_holds_up_only_itself(path: Path) -> Non
 )
 async def test_a_garbage_line_ends_that_client(path: Path, line: bytes) -> None:
     async with serving(path):
-        async with await trio.open_unix_socket(os.fspath(path)) as stream:
+        async with await connect(path) as stream:
             await stream.send_all(line)
             await stream.send_eof()
             with trio.fail_after(5):
@@ -156,7 +165,7 @@ async def test_a_line_that_never_ends_and_a_client_that_says_nothing(
     monkeypatch.setattr(control, "REQUEST_S", 0.05)
     async with serving(path):
         for data in (b"x" * 200_000, b""):
-            async with await trio.open_unix_socket(os.fspath(path)) as stream:
+            async with await connect(path) as stream:
                 with trio.fail_after(5):
                     try:
                         await stream.send_all(data)
@@ -166,7 +175,8 @@ async def test_a_line_that_never_ends_and_a_client_that_says_nothing(
         assert len(await ask(path, "count", {"to": 1})) == 2
 
 
-async def test_a_node_that_is_stuck(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_node_that_is_stuck(unix_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = unix_path
     monkeypatch.setattr(control, "ACCEPTED_S", 0.05)
     with socket.socket(socket.AF_UNIX) as stuck:  # it listens, as a stopped process does, but never answers
         stuck.bind(os.fspath(path))
@@ -179,13 +189,14 @@ async def test_a_node_that_is_stuck(path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 async def test_a_node_says_at_once_that_it_heard(path: Path) -> None:
-    async with serving(path), await trio.open_unix_socket(os.fspath(path)) as stream:
+    async with serving(path), await connect(path) as stream:
         await stream.send_all(b'{"method": "wait"}\n')
         with trio.fail_after(5):
             assert (await stream.receive_some()).startswith(b'{"event":"accepted"}\n')
 
 
-async def test_lines_are_bounded_both_ways(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_lines_are_bounded_both_ways(unix_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = unix_path
     monkeypatch.setattr(control, "LINE_BYTES", 1000)
     async with serving(path):
         with pytest.raises(TooLarge):
@@ -210,7 +221,8 @@ async def test_lines_are_bounded_both_ways(path: Path, monkeypatch: pytest.Monke
             nursery.cancel_scope.cancel()
 
 
-async def test_a_stale_socket_file_is_replaced(path: Path) -> None:
+async def test_a_stale_socket_file_is_replaced(unix_path: Path) -> None:
+    path = unix_path
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(os.fspath(path))
     assert path.exists() and not is_running(path)
@@ -256,3 +268,46 @@ async def test_a_bug_here_costs_its_client_only(
                 await ask(path, "name", {})
         assert "could not be served" in caplog.text
         assert await ask(path, "count", {"to": 1})
+
+
+@pytest.mark.parametrize("said", [b"", b"x" * 64, b"short", b'{"method": "count", "params": {"to": 1}}\n' * 2])
+async def test_over_tcp_nobody_asks_without_the_secret(
+    tmp_path: Path, said: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "REQUEST_S", 0.05)
+    path = tmp_path / "control.tcp"
+    async with serving(path):
+        file = json.loads(path.read_bytes())
+        async with await trio.open_tcp_stream(LOOPBACK, file["port"]) as stream:
+            with trio.fail_after(5):
+                await stream.send_all(said)
+                with contextlib.suppress(trio.BrokenResourceError):  # it hung up before all was read
+                    assert await stream.receive_some() == b""
+        assert len(await ask(path, "count", {"to": 1})) == 2
+
+
+async def test_over_tcp_another_program_on_a_dead_nodes_port(tmp_path: Path) -> None:
+    path = tmp_path / "control.tcp"
+    dead = listen(path, over_tcp=True)
+    dead.socket.listen()
+
+    async def hang_up(stream: trio.SocketStream) -> None:
+        await stream.send_all(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    async with trio.open_nursery() as nursery:
+        listening = trio.SocketListener(trio.socket.from_stdlib_socket(dead.socket))
+        nursery.start_soon(trio.serve_listeners, hang_up, [listening])
+        assert not await trio.to_thread.run_sync(is_running, path)
+        with pytest.raises(Offline, match=r"another program|broke"), trio.fail_after(5):
+            await ask(path, "count", {"to": 1})
+        nursery.cancel_scope.cancel()
+
+
+async def test_over_tcp_a_secret_lasts_one_start(tmp_path: Path) -> None:
+    path = tmp_path / "control.tcp"
+    secrets = []
+    for _ in range(2):
+        async with serving(path):
+            secrets.append(json.loads(path.read_bytes())["secret"])
+        assert not path.exists()
+    assert secrets[0] != secrets[1]
