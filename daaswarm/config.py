@@ -25,6 +25,7 @@ ENV_HOME = "DAASWARM_HOME"
 ENV_CACHE = "DAASWARM_CACHE"
 ENV_PREFIX = "DAASWARM_"
 CONFIG_BYTES = 1 << 20  # a settings file is small; anything larger is not one
+TAGS, TAG_CHARS = 16, 64  # in an advert (daaswarm/messages.py)
 
 
 class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +45,7 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: Dtype = "f32"
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0  # 0: one per core
     nice: Annotated[int, Meta(ge=0, le=19)] = 0  # how far behind other programs this one stands
+    tags: list[str] = []  # what these experts are good at, in the operator's words; others look for them
     quiet_hours: list[str] = []  # local time, like 08:00-18:00
     pause_when_busy: Annotated[float, Meta(ge=0, le=1)] = 0.0  # of all cores, used by other programs; 0: never
     upload: str = ""  # bytes a second of replies and model pieces, like 50MB; empty: no limit
@@ -176,6 +178,10 @@ def convert(key: str, value: object, *, source: str) -> Any:
             parse_bytes(converted, option=key)
         except ConfigError as error:
             raise ConfigError(f"{source}: {error.message}", hint="write it like 4GB or 512MiB") from error
+    elif key == "host.tags":
+        if len(converted) > TAGS or not all(0 < len(tag) <= TAG_CHARS for tag in converted):
+            text = f"{source}: {key}: at most {TAGS} tags of 1 to {TAG_CHARS} letters"
+            raise ConfigError(text, hint="write it like code,german")
     elif key == "host.quiet_hours":
         for hours in converted:
             try:

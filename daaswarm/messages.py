@@ -77,7 +77,9 @@ class Ping(Message, frozen=True, kw_only=True, tag="ping"):
 
 
 class Pong(Message, frozen=True, kw_only=True, tag="pong"):
-    pass
+    """``near``: whom the responder measured to be near itself (``daaswarm.core.islands``), 8 bytes each."""
+
+    near: Annotated[bytes, Meta(max_length=512)] = b""
 
 
 # -- signed records (discovery) -----------------------------------------------------------------------------------
@@ -124,6 +126,24 @@ class Advert(msgspec.Struct, frozen=True, kw_only=True):
     expires_at: float  # Unix time, s
     withdrawn: bool = False
     paused: bool = False  # computes nothing for others at the moment; calls get Busy
+    tags: Annotated[list[Short], Meta(max_length=16)] = []  # what its operator says it is good at
+    load: float = 0.0  # calls that waited when this was signed
+
+
+class Query(msgspec.Struct, frozen=True, kw_only=True):
+    """What a peer wants to know of the whole swarm: who serves this? Empty fields ask for nothing in particular.
+
+    Signed by the asker, so that each node on the way can hold it to account; ``nonce`` tells its queries apart.
+    """
+
+    peer_id: PeerIdText
+    nonce: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    model_root: Annotated[str, Meta(max_length=64)] = ""
+    name: Short = ""  # a model's name, or the beginning of its root
+    tag: Short = ""
+    layer: Annotated[int, Meta(ge=-1, le=65_535)] = -1  # -1: any
+    expert: Annotated[int, Meta(ge=-1, le=65_535)] = -1
+    expires_at: float  # Unix time, s
 
 
 # -- Kademlia -----------------------------------------------------------------------------------------------------
@@ -134,7 +154,10 @@ class FindNode(Message, frozen=True, kw_only=True, tag="find_node"):
 
 
 class FindValue(Message, frozen=True, kw_only=True, tag="find_value"):
+    """The records under ``key``, and the contacts nearest to ``place``: to the key itself if it's None."""
+
     key: Key
+    place: Key | None = None
 
 
 class Found(Message, frozen=True, kw_only=True, tag="found"):
@@ -162,6 +185,73 @@ class GetAdverts(Message, frozen=True, kw_only=True, tag="get_adverts"):
 
 class Adverts(Message, frozen=True, kw_only=True, tag="adverts"):
     adverts: Annotated[list[Signed], Meta(max_length=64)]
+
+
+# -- membership: who serves a model, told by those who follow it ---------------------------------------------------
+
+Marks = Annotated[bytes, Meta(max_length=16_384)]  # 8 bytes each: daaswarm.core.marks
+Versions = Annotated[bytes, Meta(max_length=16_384)]  # 16 bytes each: a mark, and a seq as u64, big-endian
+
+
+class PushAdverts(Message, frozen=True, kw_only=True, tag="push"):
+    """News. The receiver keeps adverts of models it follows, and hands on what is new to it while ``hops`` last."""
+
+    adverts: Annotated[list[Signed], Meta(max_length=32)]
+    hops: Annotated[int, Meta(ge=0, le=16)] = 0
+
+
+class Pushed(Message, frozen=True, kw_only=True, tag="pushed"):
+    """``unwanted``: models that the receiver doesn't follow, of which it wants to hear no more."""
+
+    unwanted: Annotated[list[RootText], Meta(max_length=32)] = []
+
+
+class PullAdverts(Message, frozen=True, kw_only=True, tag="pull"):
+    """The adverts of a model that are newer than ``have``, of peers whose mark is within ``low`` to ``high``."""
+
+    model_root: RootText
+    have: Versions = b""
+    low: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
+    high: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = (1 << 63) - 1
+    max_bytes: Annotated[int, Meta(ge=0, le=1 << 20)] = 1 << 16
+
+
+class Pulled(Message, frozen=True, kw_only=True, tag="pulled"):
+    """Answer to :class:`PullAdverts`. ``wanted``: of these peers the asker has newer adverts; please push them.
+    ``down``: these didn't answer the responder. ``more``: there was more than fits; ask again."""
+
+    adverts: Annotated[list[Signed], Meta(max_length=256)] = []
+    wanted: Marks = b""
+    down: Versions = b""
+    more: bool = False
+
+
+class Doubt(Message, frozen=True, kw_only=True, tag="doubt"):
+    """These peers don't answer the sender: do they answer you? (SWIM's ping-req, and its way to spread the news.)"""
+
+    about: Versions
+
+
+class Doubted(Message, frozen=True, kw_only=True, tag="doubted"):
+    """``alive``: those of the peers asked about that the responder heard of."""
+
+    alive: Marks = b""
+
+
+class AskSwarm(Message, frozen=True, kw_only=True, tag="ask"):
+    """A signed :class:`Query`, handed on while ``hops`` last and fewer than ``wanted`` adverts were found."""
+
+    query: Signed
+    hops: Annotated[int, Meta(ge=0, le=8)] = 0
+    wanted: Annotated[int, Meta(ge=1, le=64)] = 64
+    wait_s: Annotated[float, Meta(ge=0, le=30)] = 5.0
+
+
+class Offers(Message, frozen=True, kw_only=True, tag="offers"):
+    """Answer to :class:`AskSwarm`, on the way back: adverts that match. ``asked``: nodes that were asked in all."""
+
+    adverts: Annotated[list[Signed], Meta(max_length=64)] = []
+    asked: Annotated[int, Meta(ge=0, le=1 << 20)] = 1
 
 
 # -- experts ------------------------------------------------------------------------------------------------------
@@ -244,8 +334,9 @@ class ModelPart(Message, frozen=True, kw_only=True, tag="part"):
     total: Annotated[int, Meta(ge=0, lt=1 << 62)]  # bytes of the manifest, file or tensor
 
 
-Request = Ping | FindNode | FindValue | Store | GetAdverts | ExpertCall | Reopen | GetModelPart
-Reply = Pong | Found | Stored | Adverts | ExpertReply | ModelPart | Failure
+Spreading = PushAdverts | PullAdverts | Doubt | AskSwarm
+Request = Ping | FindNode | FindValue | Store | GetAdverts | Spreading | ExpertCall | Reopen | GetModelPart
+Reply = Pong | Found | Stored | Adverts | Pushed | Pulled | Doubted | Offers | ExpertReply | ModelPart | Failure
 Handshake = Hello | Prove | Welcome | Failure
 AnyMessage = Hello | Prove | Welcome | Request | Reply
 

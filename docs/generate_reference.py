@@ -39,6 +39,7 @@ MEANINGS = {
     "host.memory": "The most that all experts of a node take together; `2GB` (decimal) or `2GiB` (binary).",
     "host.nice": "How far this program stands behind others, 0 to 19, as Unix counts it.",
     "host.pause_when_busy": "Pause while other programs use more than this share of all cores; 0 never pauses.",
+    "host.tags": "What its experts are good at, in your words: `expert list --available --tag` finds them.",
     "host.quiet_hours": "When to compute nothing for others, like `08:00-18:00`: local time, may span midnight.",
     "host.upload": "The most bytes a second that answers to others take, like `50MB`; empty for no limit.",
     "host.dtype": "What a host computes in.",

@@ -123,3 +123,13 @@ def test_every_default_can_be_written_and_read_back(file: Path) -> None:
         text = ",".join(value) if isinstance(value, list) else str(value).lower() if value in (True, False) else value
         set_value(file, key, str(text))
     assert load_config(file, environ={}) == Config()
+
+
+def test_tags_that_fit_into_an_advert(tmp_path: Path) -> None:
+    assert load_config(tmp_path / "none.toml", environ={"DAASWARM_HOST_TAGS": "code, german"}).host.tags == [
+        "code",
+        "german",
+    ]
+    for tags in (",".join(f"tag{n}" for n in range(17)), "x" * 65):
+        with pytest.raises(ConfigError, match="at most 16 tags of 1 to 64 letters"):
+            load_config(tmp_path / "none.toml", environ={"DAASWARM_HOST_TAGS": tags})

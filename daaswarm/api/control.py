@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +17,7 @@ from typing import Any, TypeVar
 import msgspec
 import trio
 
-from daaswarm.api.endpoint import Endpoint, connect, listen
+from daaswarm.api.endpoint import Door, Way, choose_way, connect, open_door
 from daaswarm.errors import (
     DaaswarmError,
     NoPeerCouldServe,
@@ -75,7 +74,7 @@ async def serve_control(
     path: Path,
     handler: ControlHandler,
     *,
-    over_tcp: bool = sys.platform == "win32",
+    way: Way | None = None,
     task_status: Any = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer on the socket until cancelled. The caller holds the data directory's lock, so a leftover file is stale.
@@ -84,17 +83,13 @@ async def serve_control(
         ConfigError: the socket can't be made there.
     """
     limiter = trio.Semaphore(CLIENTS)
-    endpoint = listen(path, over_tcp=over_tcp)
-    listening = trio.socket.from_stdlib_socket(endpoint.socket)
-    try:
+    with open_door(path, way or choose_way(path)) as door:
         async with trio.open_nursery() as nursery:
             task_status.started()
             while True:
                 await limiter.acquire()
-                client = await _accept(listening)
-                nursery.start_soon(_serve_client, endpoint, trio.SocketStream(client), handler, limiter)
-    finally:
-        endpoint.close()
+                client = await _accept(door.sock)
+                nursery.start_soon(_serve_client, door, trio.SocketStream(client), handler, limiter)
 
 
 async def _accept(listening: trio.socket.SocketType) -> trio.socket.SocketType:
@@ -109,7 +104,7 @@ async def _accept(listening: trio.socket.SocketType) -> trio.socket.SocketType:
 
 
 async def _serve_client(
-    endpoint: Endpoint, stream: trio.SocketStream, handler: ControlHandler, limiter: trio.Semaphore
+    door: Door, stream: trio.SocketStream, handler: ControlHandler, limiter: trio.Semaphore
 ) -> None:
     turn = trio.Lock()  # several tasks of one request may report at the same time
 
@@ -128,9 +123,7 @@ async def _serve_client(
         async with stream:
             try:
                 with trio.fail_after(REQUEST_S):
-                    if not await endpoint.admit(stream):
-                        logger.info("control socket: a client didn't know the secret")
-                        return
+                    await door.greet(stream)
                     asked = _decode_line(await _Lines(stream).read(), Asked)
                     await emit(ACCEPTED)
             except (trio.TooSlowError, trio.BrokenResourceError, DaaswarmError, EOFError) as error:

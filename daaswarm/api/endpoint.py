@@ -8,6 +8,7 @@ behind may name a port that is another program's by now.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import os
 import secrets
@@ -15,7 +16,7 @@ import socket
 import stat
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 import trio
@@ -36,7 +37,7 @@ Way = Literal["unix", "tcp"]
 class _Address(msgspec.Struct):
     """What the file says in the ``tcp`` way."""
 
-    port: int
+    port: Annotated[int, msgspec.Meta(ge=1, le=65_535)]
     client: str  # hexadecimal, as the other
     node: str
 
@@ -69,7 +70,8 @@ class Door:
 
     def __exit__(self, *exc_info: object) -> None:
         self.sock.close()
-        _remove(self._path)
+        with contextlib.suppress(OSError):  # what stays is stale, and the next node's to remove
+            self._path.unlink()
 
     async def greet(self, stream: trio.SocketStream) -> None:
         """Let a client in, or not; nothing behind its proof has been read.
@@ -93,17 +95,15 @@ def open_door(path: Path, way: Way) -> Door:
         ConfigError: it can't be done there.
     """
     try:
-        _remove(path)
+        path.unlink(missing_ok=True)
         if way == "unix":
             return Door(path, _listen_unix(path), None)
         sock, address = _listen_tcp(path)
         return Door(path, sock, address)
     except OSError as error:
-        raise ConfigError(f"control socket {path}: {error.strerror}", hint="choose another --data-dir") from error
-
-
-def _remove(path: Path) -> None:
-    path.unlink(missing_ok=True)
+        raise ConfigError(
+            f"control socket {path}: {error.strerror or error}", hint="choose another --data-dir"
+        ) from error
 
 
 def _listen_unix(path: Path) -> socket.socket:
@@ -213,7 +213,8 @@ def is_anybody_there(path: Path) -> bool:
 def _is_node(probe: socket.socket, address: _Address) -> bool:
     probe.sendall(address.client.encode())
     try:
-        said = probe.recv(len(address.node), socket.MSG_WAITALL)
+        with probe.makefile("rb") as stream:
+            said = stream.read(len(address.node))
     except TimeoutError:  # who has the port says nothing: the node, and it is stuck
         return True
     return hmac.compare_digest(said, address.node.encode())

@@ -24,6 +24,7 @@ from daaswarm.cli import (
     logs,
     model,
     peers,
+    plan,
     reset,
     status,
 )
@@ -55,6 +56,7 @@ app.command("init")(init.init)
 app.command("join")(join.join)
 app.command("host-expert")(host_expert.host_expert)
 app.command("infer")(infer.infer)
+app.command("plan")(plan.plan)
 app.command("status")(status.status)
 app.command("logs")(logs.logs)
 app.command("reset")(reset.reset)

@@ -45,14 +45,17 @@ def list_experts(
         str | None,
         typer.Option("--model", autocompletion=complete_models, help="Only this one: name, folder or root."),
     ] = None,
+    tag: Annotated[
+        str | None, typer.Option("--tag", help="Only hosts that say they are good at this (their host.tags).")
+    ] = None,
     bootstrap: BootstrapOption = None,
     data_dir: DataDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show which experts this node holds, or with --available who in the swarm serves what.
 
-    The swarm can only be asked about a model. Without --model that is the default one, those in the cache, and all that
-    known peers serve.
+    The DHT can only be asked about a model: without --model that is the default one and those in the cache. For others
+    and for --tag the question goes from neighbour to neighbour, a few steps far.
 
     Example: daaswarm expert list --available --model smollm2-135m-instruct
     """
@@ -61,6 +64,8 @@ def list_experts(
     if not available:
         if model is not None:
             raise ConfigError("--model goes with --available", hint="daaswarm expert list shows all that is held here")
+        if tag is not None:
+            raise ConfigError("--tag goes with --available", hint="daaswarm expert list shows all that is held here")
         if bootstrap:
             raise ConfigError("--bootstrap goes with --available", hint="what is held here needs no swarm")
     config = read_config(folder, bootstrap=bootstrap)
@@ -70,7 +75,8 @@ def list_experts(
         if not available:
             found.update(await attach(folder, "experts", {}, partial(_show, output)) if is_node_running(folder) else {})
             return
-        params = {"model": locate_model(model) if model is not None else None, "bootstrap": bootstrap or []}
+        wanted = locate_model(model) if model is not None else None
+        params = {"model": wanted, "tag": tag, "bootstrap": bootstrap or []}
         found.update(await ask_swarm(folder, config, "available", params, output))
 
     code = run_async(run, config)
@@ -83,7 +89,7 @@ def list_experts(
     elif available:
         show_available(found, output)
         if model is None:
-            output.message("looked up: the default model, the models in the cache, and all that known peers serve")
+            output.message("looked up: the default model, the models in the cache, and what known peers tell of others")
             output.message("another model: daaswarm expert list --available --model NAME_OR_ROOT")
     else:
         show_held(found, output)
@@ -345,12 +351,20 @@ def show_available(found: dict[str, Any], output: Output) -> None:
             host["peer_id"] + (" (this node)" if host["self"] else ""),
             host["dtype"],
             describe_held(host["held"]),
-            "paused" if host["paused"] else "",
+            "paused" if host["paused"] else describe_load(host["load"], host["price"]),
+            " ".join(host["tags"]),
             " ".join(host["addrs"]),
         )
         for host in found["hosts"]
     ]
-    output.table(["model", "host", "dtype", "layers", "", "addresses"], rows)
+    output.table(["model", "host", "dtype", "layers", "", "tags", "addresses"], rows)
+
+
+def describe_load(load: float, price: float) -> str:
+    """``"3 calls wait, price 0.5"``; nothing where there is nothing to say."""
+    parts = [f"{load:g} call{'s wait' if load != 1 else ' waits'}"] if load else []
+    parts += [f"price {price:g}"] if price else []
+    return ", ".join(parts)
 
 
 def describe_held(held: dict[str, list[int]]) -> str:

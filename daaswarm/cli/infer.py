@@ -70,6 +70,9 @@ def infer(
         int | None,
         typer.Option("--embedded", min=1, max=64, help="Start this many host processes here, for this run only."),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Don't ask whether splitting the model is a good idea.")
+    ] = False,
     bootstrap: BootstrapOption = None,
     listen: ListenOption = None,
     announce: AnnounceOption = None,
@@ -122,6 +125,7 @@ def infer(
         "raw": raw,
         "dtype": dtype,
         "embedded": embedded,
+        "force": force,
         "bootstrap": bootstrap or [],
     }
     if prompt is None:

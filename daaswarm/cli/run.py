@@ -13,7 +13,7 @@ from typing import Any
 import trio
 
 from daaswarm.api.control import Emit, request
-from daaswarm.api.endpoint import is_running
+from daaswarm.api.endpoint import is_anybody_there
 from daaswarm.cli.log_setup import set_up_logging
 from daaswarm.cli.output import Output
 from daaswarm.cli.progress import BARS
@@ -122,7 +122,7 @@ def show(event: dict[str, Any], output: Output) -> None:
 
 
 def is_node_running(data_dir: DataDir) -> bool:
-    return is_running(data_dir.socket_path)
+    return is_anybody_there(data_dir.socket_path)
 
 
 def refuse_attached(data_dir: DataDir, **given: object) -> None:

@@ -16,6 +16,8 @@ from daaswarm.errors import ConfigError, StorageError
 from daaswarm.store.data_dir import DataDir
 from daaswarm.types import PeerId, format_bytes, format_range
 
+ISLAND_NAMES = 6  # peers named of one island; status --json has all
+
 
 def status(context: typer.Context, data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
     """Show the running node, or what is on disk when none runs.
@@ -76,6 +78,7 @@ def render(found: dict[str, Any], output: Output) -> None:
         *(("address", address) for address in found["addrs"]),
         ("peers", f"{len(found['known_peers'])} known"),
     ]
+    rows += [("island", describe_island(island)) for island in found.get("islands", []) if island["peers"]]
     if found.get("paused"):
         rows.append(("paused", found["paused"]["reason"]))
     for model in found["hosted"]:
@@ -84,6 +87,18 @@ def render(found: dict[str, Any], output: Output) -> None:
         rows.append(("serves", f"{model['name']} {model['dtype']}, {size}, layers {held}; {calls} calls"))
     rows += [("model", f"{model['name']} ({model['root'][:12]}) in {model['folder']}") for model in found["models"]]
     output.rows(rows)
+
+
+def describe_island(island: dict[str, Any]) -> str:
+    """``"this node and 2 peers within 0.4 ms: …3kQx9a, …Zb71Ff"``."""
+    peers = island["peers"]
+    who = ", ".join(f"…{peer['peer_id'][-6:]}" for peer in peers[:ISLAND_NAMES])
+    who += f" and {len(peers) - ISLAND_NAMES} more" * (len(peers) > ISLAND_NAMES)
+    count = f"{len(peers)} peer{'s' * (len(peers) > 1)}"
+    rtts = [peer["rtt_ms"] for peer in peers]
+    if island["own"]:
+        return f"this node and {count} within {max(rtts):.1f} ms: {who}"
+    return f"{count}, {min(rtts):.1f} ms away: {who}"
 
 
 def group_layers(held: dict[str, list[int]]) -> list[tuple[list[int], list[int]]]:

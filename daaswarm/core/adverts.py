@@ -6,7 +6,7 @@ Correctness never rests on how an advert arrived (gossip, pull, handed on): it i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
@@ -47,7 +47,11 @@ def check_advert(signed: Signed, swarm: bytes, now: float) -> Known:
         raise RemoteProtocolError(f"advert of {len(signed.payload)} bytes; {GOSSIP_BYTES} allowed")
     advert = open_signed(signed, Advert, ADVERT_KIND, swarm)
     check_expiry(advert.expires_at, now, ADVERT_KIND)
-    for name, value in (("capacity", advert.capacity_rows_per_s), ("price", advert.price)):
+    for name, value in (
+        ("capacity", advert.capacity_rows_per_s),
+        ("price", advert.price),
+        ("load", advert.load),
+    ):
         if not (math.isfinite(value) and value >= 0):
             raise RemoteProtocolError(f"advert with {name} {value}")
     if not all(any(bitmap) for bitmap in advert.held.values()):
@@ -76,7 +80,10 @@ class AdvertBook:
         Raises:
             RemoteProtocolError: a check failed, or a limit is reached (``reject=False``).
         """
-        checked = check_advert(signed, self._swarm, now)
+        return self.keep(check_advert(signed, self._swarm, now))
+
+    def keep(self, checked: Known) -> bool:
+        """Like :meth:`put`, of one that was checked."""
         advert = checked.advert
         peer, root = PeerId(advert.peer_id), ModelRoot(advert.model_root)
         known = self._by_model.get(root, {}).get(peer)
@@ -97,6 +104,14 @@ class AdvertBook:
         """The live adverts of a model, by PeerId; tombstones and expired ones are left out."""
         found = self._by_model.get(ModelRoot(model_root), {})
         return [found[peer] for peer in sorted(found) if self._is_live(found[peer].advert, now)]
+
+    def get(self, peer: PeerId, model_root: str) -> Known | None:
+        """What a peer said last of a model, also that it withdrew it; expired or not."""
+        return self._by_model.get(ModelRoot(model_root), {}).get(peer)
+
+    def get_all(self, model_root: str) -> Collection[Known]:
+        """Tombstones and expired ones too, in the order in which their peers came."""
+        return self._by_model.get(ModelRoot(model_root), {}).values()
 
     def get_models(self, now: float) -> dict[ModelRoot, str]:
         """Every model with a live advert, with one of the names that its hosts give it (a name proves nothing)."""
@@ -169,6 +184,11 @@ def to_bitmap(numbers: Iterable[int]) -> bytes:
 def from_bitmap(bitmap: bytes) -> list[int]:
     """The inverse of :func:`to_bitmap`, ascending."""
     return [i * 8 + bit for i, byte in enumerate(bitmap) if byte for bit in range(8) if byte >> bit & 1]
+
+
+def has_tag(advert: Advert, tag: str) -> bool:
+    """Whether a host says so; case doesn't count."""
+    return tag.lower() in (own.lower() for own in advert.tags)
 
 
 def get_missing(layers: Mapping[int, int], holders: Holders) -> dict[int, list[int]]:

@@ -2,51 +2,45 @@
 
 The shell (``net/``) feeds events and carries out effects: it answers with :class:`Reply`, sends each
 :class:`SendRequest` over an authenticated connection to exactly that peer, enforces ``deadline_s``, and reports
-:class:`ReplyReceived` or :class:`RequestFailed` once per ``rpc_id``. It calls :meth:`Kademlia.tick` every
-:data:`TICK_S`. Contacts named by others are hearsay: they enter the routing table only after answering us.
+:class:`ReplyReceived` or :class:`RequestFailed` once per ``rpc_id``, and before that :class:`RequestLate` if it took
+longer than ``late_s``. It calls :meth:`Kademlia.tick` every :data:`TICK_S`. Contacts named by others are hearsay: they
+enter the routing table only after answering us.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable
 
 import msgspec
 from nacl.signing import SigningKey
 
 from daaswarm.core.kademlia_events import (
+    LATE_S,
     Effect,
     Event,
     LookupDone,
     Misbehaved,
-    PublishDone,
     Reply,
     RequestFailed,
+    RequestLate,
     RequestReceived,
     SendRequest,
 )
-from daaswarm.core.lookup import ALPHA, Lookup, Want
-from daaswarm.core.record_store import POINTER_KIND, RecordStore, open_pointer
+from daaswarm.core.lookup import ALPHA, PATHS, Lookup, Want
+from daaswarm.core.notary import KeyNotary, Notary
+from daaswarm.core.places import get_places, get_replicas
+from daaswarm.core.publishing import Batch, Parts, Publisher, Round, batch_for
+from daaswarm.core.record_store import RecordStore
+from daaswarm.core.replication import KEYS, REPLICATE_S, get_replicas_due
 from daaswarm.core.rng import Rng
 from daaswarm.core.routing_table import NEVER, K, RoutingTable, get_node_id
-from daaswarm.core.signing import MAX_TTL_S, get_peer_id, get_public_key, seal
+from daaswarm.core.signing import get_public_key
 from daaswarm.errors import ConfigError, LocalProtocolError, RemoteProtocolError
 from daaswarm.limits import RECORDS_PER_KEY
-from daaswarm.messages import (
-    Contact,
-    Failure,
-    FindNode,
-    FindValue,
-    Found,
-    Pointer,
-    Signed,
-    Store,
-    Stored,
-)
+from daaswarm.messages import Contact, Failure, FindNode, FindValue, Found, Store, Stored
 from daaswarm.types import PeerId
 
 TICK_S = 2.0  # how often the shell calls tick
-REPUBLISH_S = MAX_TTL_S / 3  # two may be lost before a record dies
 REFRESH_S = 10 * 60.0  # a bucket without a lookup for this long is looked up
 PROBE_S = 5 * 60.0  # a contact silent for this long is asked whether it is there
 PROBE_FAILING_S = 5.0  # the second chance of one that just failed
@@ -56,27 +50,27 @@ SEED_S = 15.0  # between attempts to join while the table is empty
 RESEED_S = 2 * 60.0  # between calls to seeds that left the table: a restarted seed must not found a second swarm
 SWEEP_S = 30.0  # between walks over all stored records
 LOOKUPS = 1_024  # running at once in one node
+EXPORTED = 64  # contacts by which a node comes back; enough to find the swarm again without the bootstrap peer
 
 
 class _Rpc(msgspec.Struct, frozen=True):
-    """A lookup's request has ``lookup``, a Store ``key`` and the ``seq`` it carried, a probe neither."""
+    """A lookup's request has ``lookup`` and ``path``; a Store that must be counted ``parts``; any other neither."""
 
     contact: Contact
+    message: FindNode | FindValue | Store
     lookup: str | None = None
-    key: bytes | None = None
-    seq: int = 0
+    path: int = 0
+    parts: Parts = ()
 
 
-class _Publication(msgspec.Struct):
-    """``stores`` counts the Store requests with this ``seq`` that are still out."""
+class _Place(msgspec.Struct, frozen=True):
+    """What an internal lookup is for: place number ``place`` of a key to publish. ``is_alone``: the others are not
+    looked up, since the swarm seemed small."""
 
-    signed: Signed
-    seq: int
-    due_at: float
-    stores: int = 0
-    asked: int = 0
-    stored: int = 0
-    keepers: list[Contact] = []  # who was asked to store it, this time or the time before
+    round: Round
+    key: bytes
+    place: int
+    is_alone: bool
 
 
 class Kademlia:
@@ -86,7 +80,9 @@ class Kademlia:
         key: signs the pointers that this node publishes; its PeerId is this node's.
         contact: where others reach this node; ``None`` if nobody can (it then publishes nothing).
         seeds: asked while the table is empty. One that answers is enough.
-        rng: spreads refreshes over the key space.
+        rng: spreads refreshes over the key space and republishing over time, and makes lookups unpredictable.
+        limit_subnets: see :class:`RoutingTable`.
+        notary: signs and checks in place of ``key``, for a simulation.
     """
 
     def __init__(
@@ -98,19 +94,25 @@ class Kademlia:
         *,
         seeds: Iterable[Contact] = (),
         k: int = K,
+        limit_subnets: bool = True,
+        notary: Notary | None = None,
     ) -> None:
-        self.peer_id = get_peer_id(bytes(key.verify_key))
-        self.table = RoutingTable(self.peer_id, k)
-        self.store = RecordStore(swarm)
-        self._key, self._swarm, self._rng, self._k = key, swarm, rng, k
+        self._notary = notary or KeyNotary(key, swarm)
+        self.peer_id = self._notary.peer_id
+        self.table = RoutingTable(self.peer_id, k, limit_subnets=limit_subnets)
+        self.store = RecordStore(swarm, open_pointer=self._notary.open_pointer)
+        self._rng, self._k = rng, k
+        self._publisher = Publisher(self._notary, self.store, rng)
         self.contact: Contact | None = None
         self.set_contact(contact)
         self._seeds = list(seeds)
-        self._seeded_at = self._swept_at = NEVER
+        self._remembered: list[Contact] = []  # contacts of better times, the latest first
+        self._seeded_at = self._swept_at = self._probe_at = NEVER
+        self._replicated_at: float | None = None
+        self._replicated_to = 0  # how many keys the walk for newcomers has passed
         self._lookups: dict[str, Lookup] = {}
         self._rpcs: dict[int, _Rpc] = {}
-        self._publications: dict[bytes, _Publication] = {}
-        self._publishing: dict[str, bytes] = {}  # lookup id -> key
+        self._places: dict[str, _Place] = {}  # by lookup id
         self._shunned: dict[PeerId, float] = {}  # until when, oldest first
         self._next_rpc = 0
         self._next_internal = 0
@@ -128,7 +130,18 @@ class Kademlia:
         known = {seed.peer_id for seed in self._seeds}
         self._seeds += [seed for seed in seeds if seed.peer_id not in known]
         self._seeded_at = now
-        return self._start(self._make_lookup_id("join"), self._own_id(), "nodes", now, self._seeds)
+        extra = self._seeds if len(self.table) else [*self._seeds, *self._remembered]
+        return self._start(self._make_id("join"), get_node_id(self.peer_id), "nodes", now, extra)
+
+    def export_contacts(self) -> list[Contact]:
+        """At most :data:`EXPORTED` contacts through which :meth:`restore` finds the swarm again after a restart; those
+        known last if none is left."""
+        return self.table.export(EXPORTED) or list(self._remembered)
+
+    def restore(self, contacts: Iterable[Contact], now: float) -> list[Effect]:
+        """Joins through contacts of an earlier run. Unlike seeds, the dead among them are soon forgotten."""
+        self._remembered = list(contacts)[:EXPORTED]
+        return self.join(now)
 
     def start_lookup(self, lookup_id: str, target: bytes, now: float, want: Want = "nodes") -> list[Effect]:
         """Ends in one :class:`LookupDone` with this ``lookup_id``, at once if nobody is known.
@@ -139,72 +152,71 @@ class Kademlia:
         return self._start(lookup_id, target, want, now, ())
 
     def publish(self, key: bytes, now: float) -> list[Effect]:
-        """Points ``key`` at this node, now and again every :data:`REPUBLISH_S`, until :meth:`unpublish`.
+        """Points ``key`` at this node, now and again about every :data:`REPUBLISH_S`, until :meth:`unpublish`. Each
+        time ends in a :class:`PublishDone`, unless another publishing or withdrawing overtook it.
+
+        Raises:
+            LocalProtocolError: this node has no address that others could be pointed at.
+        """
+        return self.publish_all([key], now)
+
+    def publish_all(self, keys: Iterable[bytes], now: float) -> list[Effect]:
+        """:meth:`publish` for many keys: what goes to the same peer travels together.
 
         Raises:
             LocalProtocolError: this node has no address that others could be pointed at.
         """
         if self.contact is None:
             raise LocalProtocolError("a node without an address can't publish")
-        signed, seq = self._point(key, self.contact.addrs, now)
-        before = self._publications.get(key)
-        keepers = before.keepers if before is not None else []
-        self._publications[key] = _Publication(signed, seq, now + REPUBLISH_S, keepers=keepers)
-        if key in self._publishing.values():
-            return []  # the lookup under way ends in storing this record
-        lookup_id = self._make_lookup_id("publish")
-        self._publishing[lookup_id] = key
-        return self._start(lookup_id, key, "nodes", now, ())
+        fresh = self._publisher.renew(keys, self.contact.addrs, now)
+        # In a small swarm every peer is near the key, and its other places are with the same peers.
+        places = PATHS if len(self.table) >= self._k else 1
+        wanted = [(key, place) for key in fresh.keepers for place in range(places)]
+        return self._seek(fresh, wanted, now, is_alone=places < PATHS)
 
     def unpublish(self, key: bytes, now: float) -> list[Effect]:
-        """Points ``key`` at this node no more: whoever keeps the pointer is given a newer one, without addresses.
-
-        That one lives as long as the other would have, so that no replay revives it.
-        """
-        publication = self._publications.pop(key, None)
-        if publication is None:
-            return []
-        signed, seq = self._point(key, [], now)
-        message = Store(records=[signed])
-        return [self._send(contact, message, key=key, seq=seq) for contact in publication.keepers]
-
-    def _point(self, key: bytes, addrs: list[str], now: float) -> tuple[Signed, int]:
-        """A new pointer of this node, kept here too, and its sequence number."""
-        stored = [pointer.seq for pointer, _ in self.store.get(key, now) if pointer.peer_id == self.peer_id]
-        seq = max(int(now * 1000), *(n + 1 for n in stored), 0)  # grows across restarts and clocks set back
-        pointer = Pointer(key=key, peer_id=self.peer_id, addrs=addrs, seq=seq, expires_at=now + MAX_TTL_S)
-        signed = seal(pointer, POINTER_KIND, self._key, self._swarm)
-        with contextlib.suppress(RemoteProtocolError):  # our store is full of others' records; theirs keep ours
-            self.store.put(signed, now)
-        return signed, seq
+        """Points ``key`` at this node no more: whoever keeps the pointer is given a newer one, without addresses."""
+        return [self._send_batch(batch) for batch in self._publisher.withdraw(key, now)]
 
     def tick(self, now: float) -> list[Effect]:
-        """What is due by now: joining, republishing, refreshing buckets, probing silent contacts, dropping records."""
+        """What is due by now: joining, republishing, refreshing buckets, probing silent contacts, telling newcomers,
+        dropping records."""
         effects: list[Effect] = []
+        is_known = len(self.table) > 0
         if len(self._lookups) < LOOKUPS // 2:  # maintenance leaves room for what the node itself wants
-            if not len(self.table) and self._seeds and now - self._seeded_at >= SEED_S:
+            if not is_known and now - self._seeded_at >= SEED_S and (self._seeds or self._remembered):
                 effects += self.join(now)
-            for key in [key for key, p in self._publications.items() if now >= p.due_at]:
-                if self.contact is not None and len(self._lookups) < LOOKUPS // 2:
-                    effects += self.publish(key, now)
-            if len(self.table):
+            if self._publisher.publications and self.contact is not None:
+                room = max((LOOKUPS // 2 - len(self._lookups)) // PATHS, 1)
+                if due := self._publisher.get_due(now, room):
+                    effects += self.publish_all(due, now)
+            if is_known:
                 for target in self.table.get_stale_targets(now - REFRESH_S, ALPHA, self._rng):
-                    effects += self._start(self._make_lookup_id("refresh"), target, "nodes", now, ())
+                    effects += self._start(self._make_id("refresh"), target, "nodes", now, ())
         effects += self._probe(now)
         if now - self._swept_at >= SWEEP_S:
             self._swept_at = now
             self.store.tick(now)
+            recent = self.table.export(EXPORTED)
+            if len(recent) < EXPORTED:
+                known = {contact.peer_id for contact in recent}
+                recent += [contact for contact in self._remembered if contact.peer_id not in known]
+            self._remembered = recent[:EXPORTED]
+        if self._replicated_at is None or now - self._replicated_at >= REPLICATE_S:
+            effects += self._replicate(now)
         return effects
 
     def shift(self, by_s: float) -> None:
         """The clock was set by ``by_s``: what happened ``n`` seconds ago still did. Records keep the times their
         publishers gave them."""
         self.table.shift(by_s)
+        self._publisher.shift(by_s)
         self._seeded_at += by_s
         self._swept_at += by_s
+        self._probe_at += by_s
+        if self._replicated_at is not None:
+            self._replicated_at += by_s
         self._shunned = {peer: until + by_s for peer, until in self._shunned.items()}
-        for publication in self._publications.values():
-            publication.due_at += by_s
 
     # -- what the network says ----------------------------------------------------------------------------------
 
@@ -212,6 +224,8 @@ class Kademlia:
         """One event in, effects out. Late or unknown ``rpc_id``s are nobody's fault and change nothing."""
         if isinstance(event, RequestReceived):
             return self._on_request(event, now)
+        if isinstance(event, RequestLate):
+            return self._on_late(event.rpc_id, now)
         rpc = self._rpcs.pop(event.rpc_id, None)
         if rpc is None:
             return []
@@ -223,96 +237,111 @@ class Kademlia:
         """Asserts the invariants."""
         self.table.validate()
         self.store.validate()
+        self._publisher.validate()
         assert len(self._lookups) <= LOOKUPS and len(self._shunned) <= SHUNNED
+        assert len(self._remembered) <= EXPORTED
         for rpc in self._rpcs.values():
-            assert rpc.lookup is None or rpc.key is None
+            assert rpc.lookup is None or not rpc.parts
         running = {rpc.lookup for rpc in self._rpcs.values() if rpc.lookup is not None}
         assert self._lookups.keys() <= running, "a lookup waits for nothing"
-        assert self._publishing.keys() <= self._lookups.keys()
+        assert self._places.keys() <= self._lookups.keys()
+        for running_round in self._publisher.busy.values():
+            assert running_round.lookups == sum(p.round is running_round for p in self._places.values())
 
     def _on_request(self, event: RequestReceived, now: float) -> list[Effect]:
-        message = event.message
-        if event.contact is not None:
-            if event.contact.peer_id != event.peer:
-                return [Misbehaved(peer=event.peer, reason=f"gave the contact of {event.contact.peer_id} as its own")]
-            if event.contact.addrs:
-                self._note_alive(event.contact, now)
+        message, contact = event.message, event.contact
+        if contact is not None:
+            if contact.peer_id != event.peer:
+                return [Misbehaved(peer=event.peer, reason=f"gave the contact of {contact.peer_id} as its own")]
+            if contact.addrs:
+                self._note_alive(contact, now)
         reply: Found | Stored
         if isinstance(message, FindNode):
-            reply = Found(contacts=self._get_others(message.target, event.peer))
+            reply = Found(contacts=self.table.closest(message.target, self._k, event.peer))
         elif isinstance(message, FindValue):
             records = [signed for _, signed in self.store.get(message.key, now)]
-            reply = Found(contacts=self._get_others(message.key, event.peer), records=records)
+            near = message.key if message.place is None else message.place
+            reply = Found(contacts=self.table.closest(near, self._k, event.peer), records=records)
         else:
-            reply = self._store(message, now)
+            reply = self._store(message, event.peer, now)
         return [Reply(request_id=event.request_id, message=reply)]
+
+    def _on_late(self, rpc_id: int, now: float) -> list[Effect]:
+        rpc = self._rpcs.get(rpc_id)
+        lookup = self._lookups.get(rpc.lookup) if rpc is not None and rpc.lookup is not None else None
+        if rpc is None or rpc.lookup is None or lookup is None:
+            return []
+        lookup.note_late(rpc.path, PeerId(rpc.contact.peer_id))
+        return self._advance(rpc.lookup, now)
 
     def _on_reply(self, rpc: _Rpc, message: Found | Stored | Failure, now: float) -> list[Effect]:
         peer = PeerId(rpc.contact.peer_id)
-        if rpc.key is not None:
+        if isinstance(rpc.message, Store):
             if isinstance(message, Found):
                 return [Misbehaved(peer=peer, reason="answered Store with Found"), *self._on_failure(rpc, now)]
             self._note_alive(rpc.contact, now)
-            return self._count_store(rpc.key, rpc.seq, isinstance(message, Stored) and not message.refused)
+            if isinstance(message, Stored):
+                return [*self._publisher.note_stored(rpc.parts, message.refused)]
+            return [*self._publisher.note_stored(rpc.parts, None)]  # busy, but there
         if isinstance(message, Stored):
             return [Misbehaved(peer=peer, reason="answered a lookup with Stored"), *self._on_failure(rpc, now)]
         lookup = self._lookups.get(rpc.lookup) if rpc.lookup is not None else None
-        reason = ""
-        if lookup is not None and isinstance(message, Found):
-            reason = self._take_found(lookup, message, now)
+        if lookup is None or rpc.lookup is None:
+            self._note_alive(rpc.contact, now)
+            return []
+        if isinstance(message, Failure):
+            self._note_alive(rpc.contact, now)
+            lookup.note_failed(rpc.path, peer)  # busy, but there
+            return self._advance(rpc.lookup, now)
+        is_news, reason = self._take_found(lookup, rpc, message, now)
         if reason:
             return [Misbehaved(peer=peer, reason=reason), *self._on_failure(rpc, now)]
         self._note_alive(rpc.contact, now)
-        if lookup is None or rpc.lookup is None:
-            return []
-        if isinstance(message, Failure):
-            lookup.note_failed(peer)  # busy, but there
-        else:
-            lookup.note_answered(peer)
+        lookup.note_answered(rpc.path, peer, len(message.records), is_news=is_news)
         return self._advance(rpc.lookup, now)
 
     def _on_failure(self, rpc: _Rpc, now: float) -> list[Effect]:
         peer = PeerId(rpc.contact.peer_id)
         self.table.note_failed(peer, now)
+        self._probe_at = min(self._probe_at, now + PROBE_FAILING_S)
         self._shunned.pop(peer, None)
         self._shunned[peer] = now + SHUN_S
         if len(self._shunned) > SHUNNED:
             del self._shunned[next(iter(self._shunned))]
-        if rpc.key is not None:
-            return self._count_store(rpc.key, rpc.seq, False)
+        if rpc.parts:
+            return [*self._publisher.note_stored(rpc.parts, None)]
         lookup = self._lookups.get(rpc.lookup) if rpc.lookup is not None else None
         if lookup is None or rpc.lookup is None:
             return []
-        lookup.note_failed(peer)
+        lookup.note_failed(rpc.path, peer)
         return self._advance(rpc.lookup, now)
 
-    def _take_found(self, lookup: Lookup, message: Found, now: float) -> str:
-        """Feeds an answer to its lookup. Returns what is wrong with it; nothing after that point is believed."""
+    def _take_found(self, lookup: Lookup, rpc: _Rpc, message: Found, now: float) -> tuple[bool, str]:
+        """Feeds an answer to its lookup. Returns whether it had a new record, and what is wrong with it; nothing
+        after that point is believed."""
         if len(message.contacts) > max(self._k, K) or len(message.records) > RECORDS_PER_KEY:
-            return f"answered with {len(message.contacts)} contacts and {len(message.records)} records"
-        known = {signed.payload: signed for _, signed in lookup.records.values()}
+            return False, f"answered with {len(message.contacts)} contacts and {len(message.records)} records"
+        is_news = False
         for signed in message.records if lookup.want == "records" else ():
-            if known.get(signed.payload) == signed:
-                continue  # checked when another peer sent it
             try:
-                pointer = open_pointer(signed, self._swarm, now)
+                pointer = self._notary.open_pointer(signed, now)
             except RemoteProtocolError as error:
                 if error.reject:
-                    return error.message
+                    return False, error.message
                 continue
             if pointer.key != lookup.target:
-                return "answered with a record of another key"
-            lookup.add_record(pointer, signed)
+                return False, "answered with a record of another key"
+            is_news |= lookup.add_record(pointer, signed)
         contacts: list[Contact] = []
         for contact in message.contacts:
             try:
                 get_public_key(contact.peer_id)
             except ConfigError as error:
-                return error.message
+                return False, error.message
             if self._shunned.get(PeerId(contact.peer_id), NEVER) <= now:
                 contacts.append(contact)
-        lookup.add(contacts)
-        return ""
+        lookup.add(rpc.path, PeerId(rpc.contact.peer_id), contacts)
+        return is_news, ""
 
     # -- parts --------------------------------------------------------------------------------------------------
 
@@ -321,30 +350,44 @@ class Kademlia:
             raise LocalProtocolError(f"lookup {lookup_id!r} is running already, or its target isn't 32 bytes")
         if len(self._lookups) >= LOOKUPS:
             raise LocalProtocolError(f"{LOOKUPS} lookups are running")
-        lookup = self._lookups[lookup_id] = Lookup(target, want, self.peer_id, self._k)
+        lookup = self._lookups[lookup_id] = Lookup(target, want, self.peer_id, self._k, self._rng)
+        near = self.table.closest(target, self._k)
+        if not near:
+            extra = [*extra, *self._seeds, *self._remembered]
+        lookup.start(near if want == "nodes" else ())
+        lookup.start(extra)
         if want == "records":
             for pointer, signed in self.store.get(target, now):
                 lookup.add_record(pointer, signed)
-        near = self.table.closest(target, self._k)
-        lookup.add(near)
-        lookup.add(extra if near else self._seeds)
+            for path, place in enumerate(get_places(target)):
+                lookup.start(self.table.closest(place, get_replicas(self._k, path)), path)
         self.table.note_refreshed(target, now)
         return self._advance(lookup_id, now)
 
     def _advance(self, lookup_id: str, now: float) -> list[Effect]:
         lookup = self._lookups[lookup_id]
-        if not lookup.is_done():
-            message = FindNode(target=lookup.target) if lookup.want == "nodes" else FindValue(key=lookup.target)
-            return [self._send(contact, message, lookup=lookup_id) for contact in lookup.take_next()]
+        taken = lookup.take_next()
+        if taken or not lookup.is_done():
+            return [
+                self._send(contact, lookup.paths[path].message, lookup=lookup_id, path=path) for path, contact in taken
+            ]
         del self._lookups[lookup_id]
-        key = self._publishing.pop(lookup_id, None)
-        if key is not None:
-            return self._store_at(key, lookup.get_closest())
+        if lookup_id in self._places:
+            return self._end_place(lookup_id, lookup, now)
         if lookup_id.startswith(_INTERNAL):
             return []
-        # A record may have expired while the lookup ran; one without addresses says that its publisher left the key.
-        records = [pointer for pointer, _ in lookup.records.values() if pointer.expires_at > now and pointer.addrs]
-        return [LookupDone(lookup_id=lookup_id, contacts=lookup.get_closest(), records=records)]
+        live = [(pointer, signed) for pointer, signed in lookup.records.values() if pointer.expires_at > now]
+        done = LookupDone(
+            lookup_id=lookup_id,
+            contacts=lookup.get_closest(self._k),
+            records=[pointer for pointer, _ in live if pointer.addrs],  # one without: its publisher left the key
+            hops=lookup.hops,
+            requests=lookup.get_requests(),
+        )
+        # Whoever should have known learns it; a record lives no longer there than anywhere, its publisher said when.
+        lacking = lookup.get_lacking(min(len(live), RECORDS_PER_KEY)) if live else []
+        records = [signed for _, signed in live]
+        return [done, *(self._send_batch(batch) for c in lacking for batch in batch_for(c, records))]
 
     def _send(
         self,
@@ -352,69 +395,90 @@ class Kademlia:
         message: FindNode | FindValue | Store,
         *,
         lookup: str | None = None,
-        key: bytes | None = None,
-        seq: int = 0,
+        path: int = 0,
+        parts: Parts = (),
     ) -> SendRequest:
         self._next_rpc += 1
-        self._rpcs[self._next_rpc] = _Rpc(contact, lookup, key, seq)
-        return SendRequest(rpc_id=self._next_rpc, contact=contact, message=message)
+        self._rpcs[self._next_rpc] = _Rpc(contact, message, lookup, path, parts)
+        late_s = LATE_S if lookup is not None else None
+        return SendRequest(rpc_id=self._next_rpc, contact=contact, message=message, late_s=late_s)
 
-    def _store_at(self, key: bytes, contacts: list[Contact]) -> list[Effect]:
-        publication = self._publications.get(key)
-        if publication is None:
-            return []  # unpublished meanwhile
-        publication.stores = publication.asked = len(contacts)
-        publication.keepers = contacts
-        if not contacts:
-            return [PublishDone(key=key, stored=0, asked=0)]
-        message = Store(records=[publication.signed])
-        return [self._send(contact, message, key=key, seq=publication.seq) for contact in contacts]
+    def _send_batch(self, batch: Batch) -> SendRequest:
+        return self._send(batch.contact, Store(records=batch.records), parts=batch.parts)
 
-    def _count_store(self, key: bytes, seq: int, stored: bool) -> list[Effect]:
-        publication = self._publications.get(key)
-        if publication is None or publication.seq != seq:
-            return []  # published anew meanwhile; that round reports
-        publication.stores -= 1
-        publication.stored += stored
-        if publication.stores:
-            return []
-        return [PublishDone(key=key, stored=publication.stored, asked=publication.asked)]
+    def _seek(self, seeking: Round, places: list[tuple[bytes, int]], now: float, *, is_alone: bool) -> list[Effect]:
+        """Looks up who is near these places of a round's keys; those that there is no room for count as looked up."""
+        seeking.lookups += len(places)
+        effects: list[Effect] = []
+        for key, place in places:
+            lookup_id = self._make_id("publish")
+            self._places[lookup_id] = _Place(seeking, key, place, is_alone)
+            try:
+                effects += self._start(lookup_id, get_places(key)[place], "nodes", now, ())
+            except LocalProtocolError:
+                effects += self._end_place(lookup_id, None, now)
+        return effects
 
-    def _store(self, message: Store, now: float) -> Stored:
+    def _end_place(self, lookup_id: str, lookup: Lookup | None, now: float) -> list[Effect]:
+        ended = self._places.pop(lookup_id)
+        found = lookup.get_closest(get_replicas(self._k, ended.place)) if lookup is not None else []
+        keepers = ended.round.keepers[ended.key]
+        keepers.update((contact.peer_id, contact) for contact in found)
+        ended.round.lookups -= 1
+        effects: list[Effect] = []
+        if ended.is_alone and len(found) >= self._k:  # the swarm is larger than our table was
+            effects += self._seek(ended.round, [(ended.key, place) for place in range(1, PATHS)], now, is_alone=False)
+        elif not ended.round.lookups:
+            batches, done = self._publisher.end_round(ended.round)
+            effects += [*done, *(self._send_batch(batch) for batch in batches)]
+        return effects
+
+    def _store(self, message: Store, giver: PeerId, now: float) -> Stored:
         refused: dict[int, str] = {}
         for i, signed in enumerate(message.records[:RECORDS_PER_KEY]):
             try:
-                self.store.put(signed, now)
+                self.store.put(signed, now, giver)
             except RemoteProtocolError as error:
                 refused[i] = error.message[:64]
         return Stored(refused=refused)
 
     def _probe(self, now: float) -> list[Effect]:
         """Asks contacts that failed once or were silent for long, and seeds that left, whether they are there."""
+        is_reseeding = now - self._seeded_at >= RESEED_S
+        if now < self._probe_at and not is_reseeding:
+            return []
         asked = {rpc.contact.peer_id for rpc in self._rpcs.values()} | {self.peer_id}
-        due = [
-            entry.contact
-            for entry in self.table.get_entries()
-            if entry.contact.peer_id not in asked
-            and (now - entry.failed_at >= PROBE_FAILING_S if entry.failures else now - entry.seen_at >= PROBE_S)
-        ]
-        due = due[:ALPHA]
-        if now - self._seeded_at >= RESEED_S:
+        due: list[Contact] = []
+        self._probe_at = now + PROBE_S
+        for entry in self.table.get_entries():
+            at = entry.failed_at + PROBE_FAILING_S if entry.failures else entry.seen_at + PROBE_S
+            if now >= at and len(due) < ALPHA and entry.contact.peer_id not in asked:
+                due.append(entry.contact)
+            else:
+                self._probe_at = min(self._probe_at, at)
+        if is_reseeding:
             self._seeded_at = now
             due += [s for s in self._seeds if s.peer_id not in asked and PeerId(s.peer_id) not in self.table]
-        return [self._send(contact, FindNode(target=self._own_id())) for contact in due]
+        return [self._send(contact, FindNode(target=get_node_id(self.peer_id))) for contact in due]
+
+    def _replicate(self, now: float) -> list[Effect]:
+        """Records for peers that came near to them since the last time."""
+        before, self._replicated_at = self._replicated_at, now
+        keys = self.store.get_keys()
+        if before is None or not keys:
+            return []
+        if self._replicated_to >= len(keys):
+            self._replicated_to = 0
+        some = keys[self._replicated_to : self._replicated_to + KEYS]
+        self._replicated_to += len(some)
+        return [self._send_batch(batch) for batch in get_replicas_due(self.table, self.store, some, before, now)]
 
     def _note_alive(self, contact: Contact, now: float) -> None:
-        self._shunned.pop(PeerId(contact.peer_id), None)
+        if self._shunned:
+            self._shunned.pop(PeerId(contact.peer_id), None)
         self.table.note_seen(contact, now)
 
-    def _get_others(self, target: bytes, asker: PeerId) -> list[Contact]:
-        return [c for c in self.table.closest(target, self._k + 1) if c.peer_id != asker][: self._k]
-
-    def _own_id(self) -> bytes:
-        return get_node_id(self.peer_id)
-
-    def _make_lookup_id(self, purpose: str) -> str:
+    def _make_id(self, purpose: str) -> str:
         self._next_internal += 1
         return f"{_INTERNAL}{purpose}-{self._next_internal}"
 

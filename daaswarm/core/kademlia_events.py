@@ -8,6 +8,7 @@ from daaswarm.messages import Contact, Failure, FindNode, FindValue, Found, Poin
 from daaswarm.types import PeerId
 
 REQUEST_S = 5.0  # of one request, dialling included; an honest peer answers within two round trips
+LATE_S = 0.5  # after which a lookup asks somebody else as well: dialling and asking the far side of the earth fits in
 
 
 class RequestReceived(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,7 +31,13 @@ class RequestFailed(msgspec.Struct, frozen=True, kw_only=True):
     rpc_id: int
 
 
-Event = RequestReceived | ReplyReceived | RequestFailed
+class RequestLate(msgspec.Struct, frozen=True, kw_only=True):
+    """No answer after ``late_s``; it's still waited for, and one of the two other events follows."""
+
+    rpc_id: int
+
+
+Event = RequestReceived | ReplyReceived | RequestFailed | RequestLate
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,22 +50,28 @@ class SendRequest(msgspec.Struct, frozen=True, kw_only=True):
     contact: Contact
     message: FindNode | FindValue | Store
     deadline_s: float = REQUEST_S
+    late_s: float | None = None  # if set, :class:`RequestLate` is wanted after this
 
 
 class LookupDone(msgspec.Struct, frozen=True, kw_only=True):
-    """``contacts``: the nearest that answered, nearest first. ``records``: checked, one per publisher."""
+    """``contacts``: the nearest that answered, nearest first. ``records``: checked, one per publisher. ``hops``:
+    requests one after the other until the first record came (0 if it was here), or the nearest contact answered."""
 
     lookup_id: str
     contacts: list[Contact]
     records: list[Pointer]
+    hops: int = 0
+    requests: int = 0
 
 
 class PublishDone(msgspec.Struct, frozen=True, kw_only=True):
-    """``stored``: how many other nodes keep the record now; ``asked``: how many were asked to."""
+    """``stored``: how many other nodes keep the record now; ``asked``: how many were asked to; ``refused``: what those
+    said who refused, and how often. Who didn't answer is in none but ``asked``."""
 
     key: bytes
     stored: int
     asked: int
+    refused: dict[str, int] = {}
 
 
 class Misbehaved(msgspec.Struct, frozen=True, kw_only=True):

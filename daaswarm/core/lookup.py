@@ -1,114 +1,299 @@
-"""One iterative lookup: ask the nearest contacts known, learn nearer ones, stop when the k nearest have answered.
+"""One iterative lookup: ask the nearest contacts known, learn nearer ones, stop when the nearest have answered.
 
-Maymounkov and Mazieres, "Kademlia" (2002), section 2.3. The ``kademlia`` package supplies nodes and the heap by
-distance; it is untyped, so the part used here is declared below.
+Maymounkov and Mazieres, "Kademlia" (2002), section 2.3, along several paths that share no peer (Baumgart and Mies,
+"S/Kademlia", 2007, section 4.4): what a liar names is asked by its own path alone, with that path's own requests. A
+lookup of nodes has all its paths to the target; one of records has a path to each place of the key
+(:mod:`daaswarm.core.places`).
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Iterator
-from typing import Literal, Protocol, cast
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from typing import Literal
 
-from kademlia import node as _kademlia_node  # pyright: ignore[reportMissingTypeStubs]
-
-from daaswarm.core.routing_table import get_node_id
-from daaswarm.messages import Contact, Pointer, Signed
+from daaswarm.core.places import SIDE_PLACES, get_places, get_replicas
+from daaswarm.core.rng import Rng
+from daaswarm.core.routing_table import get_node_number
+from daaswarm.messages import Contact, FindNode, FindValue, Pointer, Signed
 from daaswarm.types import PeerId
 
-ALPHA = 3  # requests in flight per lookup; the paper's value
-CANDIDATES = 256  # contacts a lookup remembers; hostile answers name 20 made-up ones each
-REQUESTS = 128  # a lookup gives up after; an honest one among a million nodes needs about 40
+PATHS = 1 + SIDE_PLACES  # of a lookup
+ALPHA = 3  # requests in flight per path that are not late; the paper's value for a lookup
+CANDIDATES = 256  # contacts a path remembers; hostile answers name 20 made-up ones each
+REQUESTS = 64  # a path gives up after; an honest one among a million nodes needs about 30
 LOOKUP_RECORDS = 256  # distinct records a lookup collects: four full keys' worth
+HOLDERS = 4  # of the nearest that gave records let a path end early, or ...
+HOLDERS_SHARE = 0.3  # ... this share of its k nearest if those are more, ...
+QUIET = 2  # ... if the last so many of them gave nothing new
+FALSE_WORDS = 3  # more dead contacts than live ones that a peer named: the others it named are not asked
 
 Want = Literal["nodes", "records"]
 
-
-class _Node(Protocol):
-    id: bytes
+_IN_FLIGHT, _LATE, _ANSWERED, _GONE = 1, 2, 3, 4
 
 
-class _NodeHeap(Protocol):
-    heap: list[tuple[int, _Node]]
+class _Candidate:
+    """``depth``: requests from us to its name. ``source``: who named it, 0 for our own table or several."""
 
-    def push(self, nodes: list[_Node]) -> None: ...
-    def remove(self, peers: list[bytes]) -> None: ...
-    def mark_contacted(self, node: _Node) -> None: ...
-    def get_uncontacted(self) -> list[_Node]: ...
-    def __iter__(self) -> Iterator[_Node]: ...
+    __slots__ = ("contact", "depth", "source")
+
+    def __init__(self, contact: Contact, depth: int, source: int) -> None:
+        self.contact = contact
+        self.depth = depth
+        self.source = source
+
+
+class _Path:
+    """``order``: the sorted distances in ``known``. ``gave``: by distance, how many records came from there."""
+
+    __slots__ = (
+        "gave",
+        "goal",
+        "holders",
+        "in_flight",
+        "is_near",
+        "is_over",
+        "k",
+        "known",
+        "message",
+        "order",
+        "quiet",
+        "requests",
+    )
+
+    def __init__(self, goal: int, k: int, message: FindNode | FindValue) -> None:
+        self.goal = goal
+        self.k = k
+        self.holders = min(max(HOLDERS, int(HOLDERS_SHARE * k)), k)
+        self.message = message
+        self.order: list[int] = []
+        self.known: dict[int, _Candidate] = {}
+        self.gave: dict[int, int] = {}
+        self.in_flight = 0
+        self.requests = 0
+        self.quiet = 0
+        self.is_near = False  # the last answer named nobody nearer than known
+        self.is_over = False
 
 
 class Lookup:
-    """The state of one lookup. It sends nothing: :meth:`take_next` names whom to ask."""
+    """The state of one lookup. It sends nothing: :meth:`take_next` names whom to ask, and by which path.
 
-    def __init__(self, target: bytes, want: Want, own: PeerId, k: int) -> None:
+    Args:
+        own: is never asked.
+        rng: chooses whom to ask among the nearest, so that nobody can be sure to be asked first.
+    """
+
+    __slots__ = ("_answered", "_balance", "_own", "_rng", "_state", "hops", "paths", "records", "target", "want")
+
+    def __init__(self, target: bytes, want: Want, own: PeerId, k: int, rng: Rng) -> None:
         self.target = target
         self.want = want
         self.records: dict[PeerId, tuple[Pointer, Signed]] = {}  # by publisher, highest sequence number
-        self._own = own
-        self._contacts: dict[bytes, Contact] = {}  # by node id, the heap's members
-        self._answered: set[bytes] = set()
-        self._gone: set[bytes] = set()
-        self._in_flight: set[bytes] = set()
-        self._requests = 0
-        self._heap = cast("_NodeHeap", _kademlia_node.NodeHeap(_make_node(target), k))
+        self.hops = 0  # requests one after the other until the first record, or until the nearest answered
+        self._own = get_node_number(own)
+        self._rng = rng
+        self._state: dict[int, int] = {}  # by node number; who is not in it was not asked
+        self._answered: dict[int, Contact] = {}
+        self._balance: dict[int, int] = {}  # of a source: dead contacts that it named less live ones
+        if want == "nodes":
+            goal, message = int.from_bytes(target, "big"), FindNode(target=target)
+            self.paths = [_Path(goal, k, message) for _ in range(PATHS)]
+        else:
+            self.paths = [
+                _Path(
+                    int.from_bytes(place, "big"),
+                    get_replicas(k, i),
+                    FindValue(key=target, place=place if i else None),
+                )
+                for i, place in enumerate(get_places(target))
+            ]
 
-    def add(self, contacts: Iterable[Contact]) -> None:
-        """Candidates to ask. Ourselves, the undialable and those that failed in this lookup are passed over."""
-        for contact in contacts:
-            node_id = get_node_id(contact.peer_id)
-            if contact.peer_id == self._own or not contact.addrs or node_id in self._gone or node_id in self._contacts:
-                continue
-            self._contacts[node_id] = contact
-            self._heap.push([_make_node(node_id)])
-        if len(self._heap.heap) > CANDIDATES:
-            # A sorted list is a heap. The nearest are what the lookup is about.
-            self._heap.heap = heapq.nsmallest(CANDIDATES, self._heap.heap)
-            kept = {node.id for _, node in self._heap.heap} | self._in_flight
-            self._contacts = {node_id: contact for node_id, contact in self._contacts.items() if node_id in kept}
+    def start(self, contacts: Iterable[Contact], path: int | None = None) -> None:
+        """Candidates of our own: for one path, or dealt out to all in turn."""
+        if path is not None:
+            self._add(self.paths[path], contacts, 1, 0)
+            return
+        dealt = list(contacts)
+        for i, each in enumerate(self.paths):
+            self._add(each, dealt[i :: len(self.paths)], 1, 0)
 
-    def add_record(self, pointer: Pointer, signed: Signed) -> None:
-        """A checked record; a newer one of the same publisher replaces the older."""
+    def add(self, path: int, informant: PeerId, contacts: Iterable[Contact]) -> None:
+        """Candidates that a peer named on a path. Ourselves, the undialable and those that failed are passed over."""
+        each = self.paths[path]
+        source = get_node_number(informant)
+        asked = each.known.get(source ^ each.goal)
+        nearest = each.order[0] if each.order else None
+        self._add(each, contacts, asked.depth + 1 if asked is not None else 1, source)
+        each.is_near = not each.order or each.order[0] == nearest
+
+    def add_record(self, pointer: Pointer, signed: Signed) -> bool:
+        """A checked record; a newer one of the same publisher replaces the older. True if it tells anything new."""
         peer = PeerId(pointer.peer_id)
         known = self.records.get(peer)
         if known is None and len(self.records) >= LOOKUP_RECORDS:
-            return
-        if known is None or pointer.seq > known[0].seq:
-            self.records[peer] = (pointer, signed)
+            return False
+        if known is not None and pointer.seq <= known[0].seq:
+            return False
+        self.records[peer] = (pointer, signed)
+        return True
 
-    def take_next(self) -> list[Contact]:
-        """Whom to ask now: the nearest not yet asked, as many as :data:`ALPHA` allows."""
-        taken: list[Contact] = []
-        for node in self._heap.get_uncontacted():
-            if len(self._in_flight) >= ALPHA or self._requests >= REQUESTS:
-                break
-            self._heap.mark_contacted(node)
-            self._in_flight.add(node.id)
-            self._requests += 1
-            taken.append(self._contacts[node.id])
+    def take_next(self) -> list[tuple[int, Contact]]:
+        """Whom to ask now, and by which path: the nearest not yet asked, as many as :data:`ALPHA` allows."""
+        taken: list[tuple[int, Contact]] = []
+        for i, path in enumerate(self.paths):
+            if path.is_over:
+                continue
+            waiting = self._survey(path)
+            while waiting and path.in_flight < ALPHA and path.requests < REQUESTS:
+                distance = waiting.pop(self._choose(path, len(waiting)))
+                self._state[distance ^ path.goal] = _IN_FLIGHT
+                path.in_flight += 1
+                path.requests += 1
+                taken.append((i, path.known[distance].contact))
         return taken
 
-    def note_answered(self, peer: PeerId) -> None:
-        node_id = get_node_id(peer)
-        self._in_flight.discard(node_id)
-        self._answered.add(node_id)
+    def note_answered(self, path: int, peer: PeerId, gave: int = 0, *, is_news: bool = False) -> None:
+        """``peer`` answered on ``path``, with so many records, of which some were new or none."""
+        each = self.paths[path]
+        number = get_node_number(peer)
+        if self._state.get(number) == _IN_FLIGHT:
+            each.in_flight -= 1
+        self._state[number] = _ANSWERED
+        distance = number ^ each.goal
+        candidate = each.known.get(distance)
+        if candidate is None:
+            return  # far off: nearer ones pushed it out
+        self._answered[number] = candidate.contact
+        self._judge(candidate, -1)
+        if gave:
+            each.gave[distance] = gave
+            each.quiet = 0 if is_news else each.quiet + 1
+        if self.want == "records":
+            if is_news and not self.hops:
+                self.hops = candidate.depth
+        elif distance == min(n ^ each.goal for n in self._answered):
+            self.hops = candidate.depth
 
-    def note_failed(self, peer: PeerId) -> None:
-        node_id = get_node_id(peer)
-        self._in_flight.discard(node_id)
-        self._gone.add(node_id)
-        self._heap.remove([node_id])
+    def note_late(self, path: int, peer: PeerId) -> None:
+        """``peer`` takes long. Another may be asked in its place; an answer still counts."""
+        number = get_node_number(peer)
+        if self._state.get(number) != _IN_FLIGHT:
+            return
+        each = self.paths[path]
+        self._state[number] = _LATE
+        each.in_flight -= 1
+        if (candidate := each.known.get(number ^ each.goal)) is not None:
+            self._judge(candidate, 1)
+
+    def note_failed(self, path: int, peer: PeerId) -> None:
+        """``peer`` will not answer."""
+        number = get_node_number(peer)
+        each = self.paths[path]
+        state = self._state.get(number)
+        self._state[number] = _GONE
+        if state == _IN_FLIGHT:
+            each.in_flight -= 1
+            if (candidate := each.known.get(number ^ each.goal)) is not None:
+                self._judge(candidate, 1)
+        for other in self.paths:
+            self._forget(other, number ^ other.goal)
 
     def is_done(self) -> bool:
-        """True when the k nearest known have all answered, or nobody is left to ask."""
-        if all(node.id in self._answered for node in self._heap):
-            return True
-        return not self._in_flight and (self._requests >= REQUESTS or not self._heap.get_uncontacted())
+        """True when every path has ended: its k nearest known have answered, or enough of them agree on the records,
+        or nobody is left to ask. Late ones are waited for while fewer have answered than are late."""
+        for path in self.paths:
+            if not path.is_over:
+                self._survey(path)
+        return all(path.is_over for path in self.paths)
 
-    def get_closest(self) -> list[Contact]:
-        """The nearest contacts that answered, nearest first, at most k."""
-        return [self._contacts[node.id] for node in self._heap if node.id in self._answered]
+    def get_requests(self) -> int:
+        return sum(path.requests for path in self.paths)
 
+    def get_closest(self, n: int) -> list[Contact]:
+        """The ``n`` contacts nearest to the target that answered, nearest first."""
+        goal = self.paths[0].goal
+        return [self._answered[distance ^ goal] for distance in sorted(number ^ goal for number in self._answered)[:n]]
 
-def _make_node(node_id: bytes) -> _Node:
-    return cast("_Node", _kademlia_node.Node(node_id))
+    def get_lacking(self, records: int) -> list[Contact]:
+        """For each path, the nearest that answered if it's one of those that should have given as many ``records``
+        and gave fewer."""
+        lacking: list[Contact] = []
+        for path in self.paths:
+            for distance in path.order[: path.k]:
+                number = distance ^ path.goal
+                if number in self._answered and path.gave.get(distance, 0) < records:
+                    if path.known[distance].contact not in lacking:
+                        lacking.append(path.known[distance].contact)
+                    break
+        return lacking
+
+    # -- parts --------------------------------------------------------------------------------------------------
+
+    def _add(self, path: _Path, contacts: Iterable[Contact], depth: int, source: int) -> None:
+        state, known, goal, order = self._state, path.known, path.goal, path.order
+        for contact in contacts:
+            number = get_node_number(contact.peer_id)
+            distance = number ^ goal
+            candidate = known.get(distance)
+            if candidate is not None:
+                if candidate.source != source:
+                    candidate.source = 0
+                continue
+            if number == self._own or not contact.addrs or state.get(number) == _GONE:
+                continue
+            known[distance] = _Candidate(contact, depth, source)
+            insort(order, distance)
+        if len(order) > CANDIDATES:  # the nearest are what the lookup is about
+            for distance in order[CANDIDATES:]:
+                del known[distance]
+            del order[CANDIDATES:]
+
+    def _survey(self, path: _Path) -> list[int]:
+        """The distances of those to ask, nearest first, among the k nearest that aren't late. Notes if it is over."""
+        waiting: list[int] = []
+        answered = in_flight = late = holders = 0
+        state, goal, gave, k = self._state, path.goal, path.gave, path.k
+        for distance in path.order:
+            now = state.get(distance ^ goal)
+            if now is None:
+                waiting.append(distance)
+            elif now == _ANSWERED:
+                answered += 1
+                holders += distance in gave
+            elif now == _LATE:
+                late += 1
+                continue
+            else:
+                in_flight += 1
+            if answered + in_flight + len(waiting) == k:
+                break
+        if path.requests >= REQUESTS:
+            waiting = []
+        path.is_over = (holders >= path.holders and path.quiet >= QUIET) or (
+            not waiting and not in_flight and (answered >= k or not late or answered > late)
+        )
+        return [] if path.is_over else waiting
+
+    def _choose(self, path: _Path, waiting: int) -> int:
+        if path.is_near and self.want == "records":
+            return int(self._rng.random() * waiting)
+        return 0
+
+    def _judge(self, candidate: _Candidate, by: int) -> None:
+        """A contact turned out to be dead (1) or alive (-1). Whoever names mostly dead ones is not believed."""
+        source = candidate.source
+        if not source:
+            return
+        self._balance[source] = balance = self._balance.get(source, 0) + by
+        if balance < FALSE_WORDS:
+            return
+        for path in self.paths:
+            named = [d for d, c in path.known.items() if c.source == source and d ^ path.goal not in self._state]
+            for distance in named:
+                self._forget(path, distance)
+
+    def _forget(self, path: _Path, distance: int) -> None:
+        if path.known.pop(distance, None) is not None:
+            del path.order[bisect_left(path.order, distance)]

@@ -32,7 +32,7 @@ PEERS = 8_192  # with an estimate; the longest unused goes
 
 Plan = dict[PeerId, list[int]]
 _NOBODY: frozenset[PeerId] = frozenset()
-_PlanKey = tuple[tuple[tuple[int, int], ...], tuple[tuple[PeerId, ...], ...]]
+_PlanKey = tuple[tuple[tuple[int, int], ...], tuple[tuple[PeerId, ...], ...], AbstractSet[PeerId]]
 
 
 _Estimate = tuple[float, float]  # (fixed s, s per unit)
@@ -72,6 +72,7 @@ class ReplicaRouter:
         exclude: AbstractSet[PeerId] = _NOBODY,
         *,
         is_retry: bool = False,
+        preferred: frozenset[PeerId] = _NOBODY,
     ) -> Plan:
         """``{peer: [experts]}``: every expert of ``rows`` exactly once, at one of its candidates.
 
@@ -81,6 +82,7 @@ class ReplicaRouter:
             exclude: peers that already failed this call. A cooling peer is used only if nobody else can.
             is_retry: this is no time to try newcomers, of which any number may come and stay silent: peers that have
                 answered before come first.
+            preferred: who else holds an expert is asked for it only while none of these can be.
 
         Returns:
             A plan that may be shared with later calls: read it, don't change it.
@@ -89,20 +91,25 @@ class ReplicaRouter:
             NoPeerCouldServe: with every expert of ``layer`` that has no candidate left.
         """
         if exclude or is_retry:
-            return self._plan(layer, rows, candidates, now, exclude, is_retry=is_retry)
-        plan = self._get_plan(layer, rows, candidates, now)
+            return self._plan(layer, rows, candidates, now, exclude, preferred, is_retry=is_retry)
+        plan = self._get_plan(layer, rows, candidates, now, preferred)
         self._choices += 1
-        return plan if self._choices % EXPLORE_EVERY else self._explore(plan, layer, rows, candidates, now)
+        return plan if self._choices % EXPLORE_EVERY else self._explore(plan, layer, rows, candidates, now, preferred)
 
     def _get_plan(
-        self, layer: int, rows: Mapping[int, int], candidates: Mapping[int, Sequence[PeerId]], now: float
+        self,
+        layer: int,
+        rows: Mapping[int, int],
+        candidates: Mapping[int, Sequence[PeerId]],
+        now: float,
+        preferred: frozenset[PeerId],
     ) -> Plan:
         """The best plan by today's estimates, from memory if it was just made."""
-        key = (tuple(rows.items()), tuple([tuple(candidates.get(expert, ())) for expert in rows]))
+        key = (tuple(rows.items()), tuple([tuple(candidates.get(expert, ())) for expert in rows]), preferred)
         cached = self._plans.get(key)
         if cached is not None and now < cached[0]:
             return cached[1]
-        plan = self._plan(layer, rows, candidates, now, _NOBODY)
+        plan = self._plan(layer, rows, candidates, now, _NOBODY, preferred)
         if len(self._plans) >= PLANS:
             self._plans.clear()
         self._plans[key] = (now + PLAN_S, plan)
@@ -115,13 +122,15 @@ class ReplicaRouter:
         rows: Mapping[int, int],
         candidates: Mapping[int, Sequence[PeerId]],
         now: float,
+        preferred: frozenset[PeerId],
     ) -> Plan:
         """The same call by replicas that ``best`` leaves out, if there are any that aren't far slower: or else a
-        replica that was slow once would never be heard of again, nor missed when it dies.
+        replica that was slow once would never be heard of again, nor missed when it dies. Where there are preferred
+        ones, among those.
         """
-        if any(best.keys() >= set(candidates[expert]) for expert in rows):
+        if any(best.keys() >= (preferred.intersection(candidates[e]) or set(candidates[e])) for e in rows):
             return best
-        other = self._plan(layer, rows, candidates, now, best.keys())
+        other = self._plan(layer, rows, candidates, now, best.keys(), preferred)
         limit_s = EXPLORE_COST * max(self._predict(peer, experts, rows, now) for peer, experts in best.items())
         for peer, experts in other.items():
             if self.is_cooling(peer, now) or self._predict(peer, experts, rows, now) > limit_s:
@@ -191,6 +200,7 @@ class ReplicaRouter:
         candidates: Mapping[int, Sequence[PeerId]],
         now: float,
         exclude: AbstractSet[PeerId],
+        preferred: frozenset[PeerId],
         *,
         is_retry: bool = False,
     ) -> Plan:
@@ -199,6 +209,8 @@ class ReplicaRouter:
         for expert in rows:
             peers = [peer for peer in candidates.get(expert, ()) if peer not in exclude]
             usable[expert] = [peer for peer in peers if not self.is_cooling(peer, now)] or peers
+            if preferred:
+                usable[expert] = [peer for peer in usable[expert] if peer in preferred] or usable[expert]
             if is_retry:
                 usable[expert] = [peer for peer in usable[expert] if self._get(peer, now).by_size] or usable[expert]
             if not peers:

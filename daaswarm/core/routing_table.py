@@ -1,30 +1,40 @@
 """Whom this node knows: k-buckets by common prefix with its own id, each with a replacement cache.
 
 Maymounkov and Mazieres, "Kademlia" (2002), sections 2.2-2.4. Bucket ``i`` holds ids that share exactly ``i`` leading
-bits with ours, the last one all that share at least as many; only the last is ever split.
+bits with ours, the last one all that share at least as many; only the last is ever split. Ids are SHA-256 of PeerIds,
+which are public keys proven on connecting: nobody is where it wants to be without making keys until one fits, and
+few contacts of one network are taken (:mod:`daaswarm.core.subnets`).
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import heapq
-from collections.abc import Iterable
 
 from daaswarm.core.rng import Rng
+from daaswarm.core.subnets import get_subnets
 from daaswarm.messages import Contact
 from daaswarm.types import PeerId
 
 K = 20  # contacts in a bucket and replicas of a record; the paper's value
+SPARES = 10  # in a bucket's replacement cache: half a bucket dies together rarely, and each costs memory
 ID_BITS = 256
 MAX_FAILURES = 2  # in a row; one lost packet must not cost a contact, a dead one must not linger
+PER_SUBNET_BUCKET = 2  # contacts of one network in a bucket, spares included; geth's value
+PER_SUBNET = 10  # and in the whole table; geth's value
 NEVER = float("-inf")
 
 
-@functools.lru_cache(maxsize=16_384)
+@functools.lru_cache(maxsize=32_768)  # a simulation has ten thousand peers and those that left
 def get_node_id(peer_id: str) -> bytes:
     """A peer's 32 byte place in the key space: SHA-256 of its PeerId's text."""
     return hashlib.sha256(peer_id.encode()).digest()
+
+
+@functools.lru_cache(maxsize=32_768)
+def get_node_number(peer_id: str) -> int:
+    """:func:`get_node_id` as the number that distances are computed with."""
+    return int.from_bytes(get_node_id(peer_id), "big")
 
 
 def compute_distance(a: bytes, b: bytes) -> int:
@@ -33,99 +43,124 @@ def compute_distance(a: bytes, b: bytes) -> int:
 
 
 class Entry:
-    """One contact with what is known of its health."""
+    """One contact with what is known of its health. ``since`` is when it was first seen."""
 
-    __slots__ = ("contact", "failed_at", "failures", "seen_at")
+    __slots__ = ("contact", "failed_at", "failures", "seen_at", "since")
 
     def __init__(self, contact: Contact, seen_at: float) -> None:
         self.contact = contact
+        self.since = seen_at
         self.seen_at = seen_at
         self.failures = 0
         self.failed_at = NEVER
 
 
 class _Bucket:
-    """``entries`` and ``spares`` are ordered by when they were last seen, oldest first."""
+    """By node number. ``spares`` are ordered by when they were last seen, oldest first."""
 
     __slots__ = ("entries", "refreshed_at", "spares")
 
     def __init__(self, refreshed_at: float = NEVER) -> None:
-        self.entries: dict[PeerId, Entry] = {}
-        self.spares: dict[PeerId, Entry] = {}
+        self.entries: dict[int, Entry] = {}
+        self.spares: dict[int, Entry] | None = None  # most buckets near to us never have any
         self.refreshed_at = refreshed_at
 
 
 class RoutingTable:
-    """Contacts by distance from ``own``. Never holds ``own`` itself."""
+    """Contacts by distance from ``own``. Never holds ``own`` itself.
 
-    def __init__(self, own: PeerId, k: int = K) -> None:
+    Args:
+        limit_subnets: False where every peer is trusted, as in a swarm with a key, and may sit in one public network.
+    """
+
+    __slots__ = ("_buckets", "_limit_subnets", "_number", "_subnets", "k", "own")
+
+    def __init__(self, own: PeerId, k: int = K, *, limit_subnets: bool = True) -> None:
         self.own = own
         self.k = k
-        self._own_id = get_node_id(own)
+        self._number = get_node_number(own)
+        self._limit_subnets = limit_subnets
+        self._subnets: dict[str, int] = {}  # entries and spares of each network
         self._buckets = [_Bucket()]
 
     def __len__(self) -> int:
         return sum(len(bucket.entries) for bucket in self._buckets)
 
     def __contains__(self, peer: PeerId) -> bool:
-        return peer in self._get_bucket(peer).entries
+        number = get_node_number(peer)
+        return number in self._get_bucket(number).entries
 
     def note_seen(self, contact: Contact, now: float) -> bool:
         """``contact`` proved to be alive: it called us or answered. True when it is (now) in the table."""
-        peer = PeerId(contact.peer_id)
-        if peer == self.own:
-            return False
-        while True:
-            bucket = self._get_bucket(peer)
-            known = bucket.entries.pop(peer, None)
-            if known is not None or len(bucket.entries) < self.k:
-                bucket.spares.pop(peer, None)
-                bucket.entries[peer] = Entry(contact, now)
-                return True
-            if bucket is not self._buckets[-1] or len(self._buckets) == ID_BITS:
-                break
-            self._split()
-        # Full: long-lived contacts are likelier to stay (paper, 2.2), so the newcomer waits, unless one is failing.
-        for old, entry in bucket.entries.items():
-            if entry.failures:
-                del bucket.entries[old]
-                bucket.entries[peer] = Entry(contact, now)
-                return True
-        bucket.spares.pop(peer, None)
-        bucket.spares[peer] = Entry(contact, now)
-        if len(bucket.spares) > self.k:
-            del bucket.spares[next(iter(bucket.spares))]
-        return False
+        number = get_node_number(contact.peer_id)
+        bucket = self._get_bucket(number)
+        entry = bucket.entries.get(number)
+        if entry is not None:
+            entry.seen_at = now
+            entry.failures = 0
+            if entry.contact is not contact and entry.contact.addrs != contact.addrs:
+                return self._move(bucket, number, entry, contact)
+            return True
+        return number != self._number and self._add(number, contact, now)
 
     def note_failed(self, peer: PeerId, now: float) -> None:
-        """``peer`` didn't answer. The second time in a row it goes, and the freshest spare takes its place."""
-        bucket = self._get_bucket(peer)
-        bucket.spares.pop(peer, None)
-        entry = bucket.entries.get(peer)
+        """``peer`` didn't answer. The second time in a row it goes, the first time if a spare can take its place; the
+        freshest spare does."""
+        number = get_node_number(peer)
+        bucket = self._get_bucket(number)
+        if bucket.spares is not None and (spare := bucket.spares.pop(number, None)) is not None:
+            self._count(spare.contact, -1)
+        entry = bucket.entries.get(number)
         if entry is None:
             return
         entry.failures += 1
         entry.failed_at = now
         if entry.failures < MAX_FAILURES and not bucket.spares:
             return
-        del bucket.entries[peer]
-        if bucket.spares:
-            spare, spare_entry = bucket.spares.popitem()
-            bucket.entries[spare] = spare_entry
+        del bucket.entries[number]
+        self._count(entry.contact, -1)
+        self._fill(bucket)
 
-    def closest(self, target: bytes, n: int) -> list[Contact]:
-        """At most ``n`` contacts nearest to ``target``, nearest first, without those whose last call failed."""
-        entries = [e for e in self.get_entries() if not e.failures]
-        nearest = heapq.nsmallest(n, entries, key=lambda e: compute_distance(get_node_id(e.contact.peer_id), target))
-        return [e.contact for e in nearest]
+    def closest(self, target: bytes, n: int, without: str = "") -> list[Contact]:
+        """At most ``n`` contacts nearest to ``target``, nearest first, without those whose last call failed and
+        without the peer ``without``."""
+        goal = int.from_bytes(target, "big")
+        away = goal ^ self._number
+        buckets = self._buckets
+        last = len(buckets) - 1
+        bits = away >> (ID_BITS - last)  # bit i, from the left, is 1 where bucket i is nearer than all after it
+        passed = get_node_number(without) if without else -1
+        found: dict[int, Entry] = {}
+        for i in range(last):
+            if bits >> (last - 1 - i) & 1:
+                _collect(found, buckets[i], goal, passed)
+                if len(found) >= n:
+                    break
+        else:
+            _collect(found, buckets[last], goal, passed)
+            for i in range(last - 1, -1, -1):
+                if len(found) >= n:
+                    break
+                if not bits >> (last - 1 - i) & 1:
+                    _collect(found, buckets[i], goal, passed)
+        return [found[distance].contact for distance in sorted(found)[:n]]
 
-    def get_entries(self) -> Iterable[Entry]:
+    def get_entries(self) -> list[Entry]:
         """All contacts in the table, failing ones included, spares not."""
         return [entry for bucket in self._buckets for entry in bucket.entries.values()]
 
+    def export(self, limit: int) -> list[Contact]:
+        """At most ``limit`` healthy contacts to come back through: of all distances, long-lived ones first."""
+        columns = [
+            sorted((e for e in bucket.entries.values() if not e.failures), key=lambda e: e.since)
+            for bucket in self._buckets
+        ]
+        rows = max((len(column) for column in columns), default=0)
+        return [column[row].contact for row in range(rows) for column in columns if row < len(column)][:limit]
+
     def note_refreshed(self, target: bytes, now: float) -> None:
         """A lookup of ``target`` freshened the bucket it falls into."""
-        self._buckets[self._get_index(target)].refreshed_at = now
+        self._get_bucket(int.from_bytes(target, "big")).refreshed_at = now
 
     def get_stale_targets(self, before: float, limit: int, rng: Rng) -> list[bytes]:
         """A random id in each of at most ``limit`` buckets in which nothing was looked up since ``before``."""
@@ -136,29 +171,109 @@ class RoutingTable:
         """The clock was set by ``by_s``; every time noted so far moves with it."""
         for bucket in self._buckets:
             bucket.refreshed_at += by_s
-            for entry in (*bucket.entries.values(), *bucket.spares.values()):
+            for entry in (*bucket.entries.values(), *(bucket.spares or {}).values()):
+                entry.since += by_s
                 entry.seen_at += by_s
                 entry.failed_at += by_s
 
     def validate(self) -> None:
         """Asserts the invariants."""
         assert 1 <= len(self._buckets) <= ID_BITS
+        subnets: dict[str, int] = {}
         for i, bucket in enumerate(self._buckets):
-            assert len(bucket.entries) <= self.k and len(bucket.spares) <= self.k
-            assert not bucket.entries.keys() & bucket.spares.keys()
-            if bucket.spares:
+            spares = bucket.spares or {}
+            assert len(bucket.entries) <= self.k and len(spares) <= SPARES
+            assert not bucket.entries.keys() & spares.keys()
+            if spares:
                 assert len(bucket.entries) == self.k, "a spare waits while there is room"
-            for peer, entry in (*bucket.entries.items(), *bucket.spares.items()):
-                assert peer == entry.contact.peer_id != self.own
-                assert self._get_index(get_node_id(peer)) == i
+            inside: dict[str, int] = {}
+            for number, entry in (*bucket.entries.items(), *spares.items()):
+                assert number == get_node_number(entry.contact.peer_id) != self._number
+                assert self._get_index(number) == i
                 assert 0 <= entry.failures < MAX_FAILURES
+                for subnet in get_subnets(entry.contact.addrs) if self._limit_subnets else ():
+                    inside[subnet] = inside.get(subnet, 0) + 1
+                    subnets[subnet] = subnets.get(subnet, 0) + 1
+            assert max(inside.values(), default=0) <= PER_SUBNET_BUCKET
+        assert subnets == self._subnets and max(subnets.values(), default=0) <= PER_SUBNET
 
-    def _get_index(self, node_id: bytes) -> int:
-        prefix = ID_BITS - compute_distance(self._own_id, node_id).bit_length()
-        return min(prefix, len(self._buckets) - 1)
+    # -- parts --------------------------------------------------------------------------------------------------
 
-    def _get_bucket(self, peer: PeerId) -> _Bucket:
-        return self._buckets[self._get_index(get_node_id(peer))]
+    def _add(self, number: int, contact: Contact, now: float) -> bool:
+        """A contact that isn't in the table goes in, becomes a spare, or is turned away."""
+        bucket = self._get_bucket(number)
+        entry: Entry | None = None
+        if bucket.spares is not None and (entry := bucket.spares.pop(number, None)) is not None:
+            self._count(entry.contact, -1)
+            entry.contact, entry.seen_at = contact, now
+        while True:
+            if not self._fits(bucket, contact):
+                return False
+            if len(bucket.entries) < self.k:
+                bucket.entries[number] = entry or Entry(contact, now)
+                self._count(contact, 1)
+                return True
+            if bucket is not self._buckets[-1] or len(self._buckets) == ID_BITS:
+                break
+            self._split()
+            bucket = self._get_bucket(number)
+        self._count(contact, 1)
+        # Full: long-lived contacts are likelier to stay (paper, 2.2), so the newcomer waits, unless one is failing.
+        for old, known in bucket.entries.items():
+            if known.failures:
+                del bucket.entries[old]
+                self._count(known.contact, -1)
+                bucket.entries[number] = entry or Entry(contact, now)
+                return True
+        if bucket.spares is None:
+            bucket.spares = {}
+        elif len(bucket.spares) >= SPARES:
+            self._count(bucket.spares.pop(next(iter(bucket.spares))).contact, -1)
+        bucket.spares[number] = entry or Entry(contact, now)
+        return False
+
+    def _move(self, bucket: _Bucket, number: int, entry: Entry, contact: Contact) -> bool:
+        """A contact has other addresses now; it stays if their networks have room."""
+        del bucket.entries[number]
+        self._count(entry.contact, -1)
+        if not self._fits(bucket, contact):
+            self._fill(bucket)
+            return False
+        entry.contact = contact
+        bucket.entries[number] = entry
+        self._count(contact, 1)
+        return True
+
+    def _fill(self, bucket: _Bucket) -> None:
+        """The freshest spare takes the place that became free; it is counted already."""
+        if bucket.spares:
+            number, entry = bucket.spares.popitem()
+            bucket.entries[number] = entry
+
+    def _fits(self, bucket: _Bucket, contact: Contact) -> bool:
+        if not self._limit_subnets or not (subnets := get_subnets(contact.addrs)):
+            return True
+        known = [*bucket.entries.values(), *(bucket.spares or {}).values()]
+        inside = [subnet for entry in known for subnet in get_subnets(entry.contact.addrs)]
+        return all(
+            self._subnets.get(subnet, 0) < PER_SUBNET and inside.count(subnet) < PER_SUBNET_BUCKET for subnet in subnets
+        )
+
+    def _count(self, contact: Contact, by: int) -> None:
+        for subnet in get_subnets(contact.addrs) if self._limit_subnets else ():
+            count = self._subnets.get(subnet, 0) + by
+            if count:
+                self._subnets[subnet] = count
+            else:
+                del self._subnets[subnet]
+
+    def _get_index(self, number: int) -> int:
+        return min(ID_BITS - (self._number ^ number).bit_length(), len(self._buckets) - 1)
+
+    def _get_bucket(self, number: int) -> _Bucket:
+        buckets = self._buckets
+        index = ID_BITS - (self._number ^ number).bit_length()
+        return buckets[index] if index < len(buckets) else buckets[-1]
 
     def _split(self) -> None:
         """Moves what is nearer than the last bucket's own prefix into a new last bucket (which never has spares)."""
@@ -166,8 +281,8 @@ class RoutingTable:
         self._buckets.append(_Bucket(old.refreshed_at))
         old.refreshed_at = NEVER  # the lookups so far were near to us: the far half is due
         entries, old.entries = old.entries, {}
-        for peer, entry in entries.items():
-            self._get_bucket(peer).entries[peer] = entry
+        for number, entry in entries.items():
+            self._get_bucket(number).entries[number] = entry
 
     def _get_random_id(self, index: int, rng: Rng) -> bytes:
         """An id that falls into bucket ``index``: shares that many bits with ours; differs in the next unless last."""
@@ -175,4 +290,11 @@ class RoutingTable:
         tail = rng.getrandbits(free)
         if index < len(self._buckets) - 1:
             tail |= 1 << (free - 1)
-        return (int.from_bytes(self._own_id, "big") ^ tail).to_bytes(32, "big")
+        return (self._number ^ tail).to_bytes(32, "big")
+
+
+def _collect(found: dict[int, Entry], bucket: _Bucket, goal: int, passed: int) -> None:
+    """Adds the bucket's healthy entries by their distance from ``goal``."""
+    for number, entry in bucket.entries.items():
+        if not entry.failures and number != passed:
+            found[number ^ goal] = entry

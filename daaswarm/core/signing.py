@@ -25,7 +25,7 @@ CLOCK_SKEW_S = 60.0  # a publisher's clock may be this far ahead of ours
 # libp2p peer-id spec: an identity multihash (0x00, 36 bytes) of the protobuf (type Ed25519, 32 bytes of data)
 _PEER_ID_PREFIX = bytes([0x00, 0x24, 0x08, 0x01, 0x12, 0x20])
 
-Record = TypeVar("Record", messages.Pointer, messages.Advert)
+Record = TypeVar("Record", messages.Pointer, messages.Advert, messages.Query)
 
 
 def sign(key: SigningKey, kind: str, swarm: bytes, payload: bytes) -> bytes:
@@ -95,7 +95,7 @@ def get_peer_id(public_key: bytes) -> PeerId:
     return _encode_peer_id(public_key)
 
 
-@functools.lru_cache(maxsize=8_192)
+@functools.lru_cache(maxsize=32_768)  # a simulation has ten thousand peers and those that left
 def get_public_key(peer_id: str) -> bytes:
     """The 32 byte Ed25519 public key inside a PeerId.
 
@@ -139,6 +139,6 @@ def _join(parts: list[bytes]) -> bytes:
     return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
 
 
-@functools.lru_cache(maxsize=8_192)
+@functools.lru_cache(maxsize=32_768)
 def _encode_peer_id(public_key: bytes) -> PeerId:
     return PeerId(base58.b58encode(_PEER_ID_PREFIX + public_key).decode("ascii"))

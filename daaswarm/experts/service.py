@@ -89,6 +89,11 @@ class ExpertService:
         # Of its own: trio's default threads may all be taken by something that waits for this very answer.
         self._threads = trio.CapacityLimiter(1)
 
+    @property
+    def queue_depth(self) -> int:
+        """Calls that wait."""
+        return self._admission.queue_depth
+
     def add(self, model: HostedModel) -> None:
         """Serve a model's experts from now on, beside those already served."""
         self.check_free(model.root, model.name, model.dtype, model.layers)

@@ -78,7 +78,7 @@ class BatchCache(Cache):
         self.rows = 1
         self.room = FIRST_TOKENS
         self._max_bytes = max_bytes
-        self._token_bytes = 0
+        self.token_bytes = 0  # of a token's keys and values in all layers; 0 before the first pass
         self.lengths: list[int] = []  # tokens of each row in use
         self._written: list[int] = []  # of each row, by passes that failed too
         self.window = slice(0, 0)  # rows of the pass
@@ -96,8 +96,7 @@ class BatchCache(Cache):
         """
         if rows <= 1:
             return True
-        self._token_bytes = self._token_bytes or sum(layer.token_bytes for layer in self._ragged)
-        return self._token_bytes > 0 and rows * max(tokens, FIRST_TOKENS) * self._token_bytes <= self._max_bytes
+        return self.token_bytes > 0 and rows * max(tokens, FIRST_TOKENS) * self.token_bytes <= self._max_bytes
 
     def add(self) -> int:
         """A new, empty row behind the others."""
@@ -133,6 +132,7 @@ class BatchCache(Cache):
         """Keep what the pass wrote."""
         for i, count in enumerate(self.counts):
             self.lengths[self.window.start + i] += count
+        self.token_bytes = self.token_bytes or sum(layer.token_bytes for layer in self._ragged)
 
     def move(self, source: int, target: int, tokens: int | None = None) -> None:
         """Put one row, or its first ``tokens``, where another was."""
@@ -207,13 +207,16 @@ class BatchCache(Cache):
             layer.is_initialized = False
 
     def _grow(self, rows: int, tokens: int) -> None:
-        """Make room for at least so much, and twice what there is where that may be held; else what isn't needed
-        goes.
+        """Make room for at least so much, and twice what there is, or as many tokens as may be held. Rows that aren't
+        needed go where there is too little for both.
         """
         tokens = max(FIRST_TOKENS, tokens, *self._written, 0)
         more_rows = 2 * self.rows if rows > self.rows else self.rows
         more_tokens = max(tokens, 2 * self.room) if tokens > self.room else self.room
-        self._resize(*((more_rows, more_tokens) if self.fits(more_rows, more_tokens) else (rows, tokens)))
+        if not self.fits(more_rows, more_tokens):
+            most = self._max_bytes // (rows * self.token_bytes) if self.token_bytes else tokens
+            more_rows, more_tokens = rows, max(tokens, min(more_tokens, most))
+        self._resize(more_rows, more_tokens)
 
     def _resize(self, rows: int, room: int) -> None:
         # Should a layer find no memory, those that did are larger than they have to be, which does no harm.

@@ -30,7 +30,8 @@ from daaswarm.inference.swarm_experts import Stopped, SwarmExperts
 ROWS = 16  # answers in one pass; more wait
 WAITING = 64  # answers that may wait for a place
 RETRY_AFTER_S = 5.0  # told to who finds no place even to wait
-PREFILL_TOKENS = 256  # of prompts in one pass, so that answers under way pause for seconds at most
+PREFILL_TOKENS = 256  # of prompts in one pass, and between two tokens of the answers under way ...
+PREFILL_PASSES = 3  # ... in so many passes at most: over the network a pass of few tokens takes its time too
 CACHE_BYTES = 1024 * 1024 * 1024  # of keys and values; who doesn't fit waits. One answer may always run
 SPARE_TOKENS = 256  # that the rows can grow by before one that comes would have to leave again
 KEPT_BYTES = 256 * 1024 * 1024  # keys and values of ended answers, for the next turns of their conversations
@@ -66,6 +67,7 @@ class Place:
     Attributes:
         number: those that came later have larger ones.
         was_sent_back: it had begun, and left its row to older answers.
+        pieces: of its prompt that were read, counted from those of who had fewest when it came.
     """
 
     sequence: Sequence
@@ -73,6 +75,7 @@ class Place:
     on_end: Callable[[], None]
     number: int
     was_sent_back: bool = False
+    pieces: int = 0
 
 
 class Batch:
@@ -151,14 +154,15 @@ class Batch:
         """Run passes until no answer is left."""
         try:
             with torch.inference_mode():
-                read = 0  # tokens of prompts since the answers under way had their turn
+                read = passes = 0  # of prompts, since the answers under way had their turn
                 while self._admit():
                     tokens = self._prefill()
-                    read += tokens
-                    if tokens and read < PREFILL_TOKENS and (self._waiting or self._decoding < len(self._rows)):
+                    read, passes = read + tokens, passes + 1
+                    has_more = tokens and (self._waiting or self._decoding < len(self._rows))
+                    if has_more and read < PREFILL_TOKENS and passes < PREFILL_PASSES:
                         continue  # who came during the pass first: a first token is waited for, the others are read
                     self._decode()
-                    read = 0
+                    read = passes = 0
         except BaseException as error:  # a bug: nobody shall wait for ever
             self.end_all(error)
             raise
@@ -189,11 +193,21 @@ class Batch:
     def _admit(self) -> bool:
         self._drop_ended()
         with self._lock:
+            cancelled = [place for place in self._waiting if place.sequence.is_cancelled]
+            for place in cancelled:
+                self._waiting.remove(place)
+        for place in cancelled:
+            place.sequence.end("cancelled", Stopped())
+            place.on_end()
+        with self._lock:
             while self._waiting and len(self._rows) < ROWS:
                 longest = max(len(place.sequence.ids) for place in (self._waiting[0], *self._rows))
                 if not self._cache.fits(len(self._rows) + 1, longest + SPARE_TOKENS):
                     break  # nobody goes before it, else it might wait for ever
-                self._rows.append(self._waiting.popleft())
+                place = self._waiting.popleft()
+                # Behind who has had fewest turns: those that come never hold up those that are here for ever.
+                place.pieces = min((other.pieces for other in self._rows[self._decoding :]), default=0)
+                self._rows.append(place)
             if not self._rows:
                 self._reset()
                 return False
@@ -237,9 +251,9 @@ class Batch:
             row = max(range(len(self._rows)), key=lambda row: self._rows[row].number)
             place = self._rows[row]
             place.was_sent_back = True
-            self._remove(row)
-            with self._lock:
+            with self._lock:  # first: it can be cancelled any time
                 self._waiting.appendleft(place)
+            self._remove(row)
 
     def _remove(self, row: int) -> None:
         self._keep(row, self._rows[row].sequence)
@@ -261,12 +275,11 @@ class Batch:
         length = self._cache.lengths[row]
         if length < KEPT_TOKENS_MIN:
             return
-        kept = self._cache.copy_out(row)
-        size = sum(keys.nbytes + values.nbytes for keys, values in kept)
+        size = length * self._cache.token_bytes
         key = tuple(sequence.ids[:length])
         if size > KEPT_BYTES or key in self._kept:
             return
-        self._kept[key] = kept
+        self._kept[key] = self._cache.copy_out(row)
         self._kept_bytes += size
         while self._kept_bytes > KEPT_BYTES:
             _, old = self._kept.popitem(last=False)
@@ -297,6 +310,11 @@ class Batch:
         """Take the next prompts, or the next piece of a long one, through the model; returns how many tokens. Long
         ones take turns.
         """
+        waiting = range(self._decoding, len(self._rows))
+        first = min(waiting, key=lambda row: self._rows[row].pieces, default=0)
+        if waiting and self._rows[first].pieces < self._rows[self._decoding].pieces:
+            self._rows[first], self._rows[self._decoding] = self._rows[self._decoding], self._rows[first]
+            self._cache.swap(first, self._decoding)
         counts: list[int] = []
         for row in range(self._decoding, len(self._rows)):
             left = len(self._rows[row].sequence.ids) - self._cache.lengths[row]
@@ -312,10 +330,8 @@ class Batch:
             if logits is not None and self._cache.lengths[first + i] == len(place.sequence.ids):
                 self._advance(place, logits)
                 self._decoding += 1
-        last = len(self._rows) - 1
-        if self._decoding == first < last:  # a long one isn't through: the others next
-            self._rows[first], self._rows[last] = self._rows[last], self._rows[first]
-            self._cache.swap(first, last)
+        if self._decoding == first and first < len(self._rows):
+            self._rows[first].pieces += 1
         return sum(counts)
 
     def _decode(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from daaswarm.core.adverts import Known, format_missing, get_missing
+from daaswarm.core.islands import choose_preferred
 from daaswarm.errors import NoPeerCouldServe
 from daaswarm.messages import Contact
 from daaswarm.models.sources import LocalModel
@@ -21,6 +22,7 @@ class HostPlan:
     holders: dict[ExpertId, list[PeerId]]
     contacts: dict[PeerId, Contact]
     kind: str = "moe"
+    preferred: frozenset[PeerId] = frozenset()  # asked as long as they can be; nobody: the fastest are
     by_layer: dict[int, dict[int, list[PeerId]]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,10 +56,13 @@ class HostPlan:
         )
 
 
-def make_plan(model: LocalModel, known: list[Known], dtype: Dtype) -> HostPlan:
+def make_plan(model: LocalModel, known: list[Known], dtype: Dtype, island: frozenset[PeerId] = frozenset()) -> HostPlan:
     """What believed adverts mean for one model; experts that the model doesn't have are left out.
 
     A host that says it is paused is asked only for experts that nobody else has.
+
+    Args:
+        island: the requester and the peers near it. Its hosts come first if they hold the whole model.
     """
     holders: dict[ExpertId, list[PeerId]] = {}
     paused: dict[ExpertId, list[PeerId]] = {}
@@ -74,4 +79,5 @@ def make_plan(model: LocalModel, known: list[Known], dtype: Dtype) -> HostPlan:
                     wanted = paused if advert.paused else holders
                     wanted.setdefault(ExpertId(layer, expert), []).append(peer)
     holders = paused | holders
-    return HostPlan(model.root, dtype, dict(model.layers), holders, contacts, kind=model.kind)
+    preferred = choose_preferred(model.layers, holders, island)
+    return HostPlan(model.root, dtype, dict(model.layers), holders, contacts, kind=model.kind, preferred=preferred)

@@ -98,6 +98,7 @@ class Requester:
         nursery: runs what answers share; cancelling it ends all of them.
         call_timeout_s: the deadline of one expert call.
         local: computes a call with this node's own experts.
+        note_gone: is told of a host that didn't answer, so that no other answer waits for it.
         threads: torch's threads; 0 leaves torch's choice.
     """
 
@@ -109,6 +110,7 @@ class Requester:
         *,
         call_timeout_s: float,
         local: LocalCompute | None = None,
+        note_gone: Callable[[PeerId], None] | None = None,
         threads: int = 0,
     ) -> None:
         if threads:
@@ -118,6 +120,8 @@ class Requester:
         self._nursery = nursery
         self._call_timeout_s = call_timeout_s
         self._local = local
+        self._note_gone = note_gone
+        self._token = trio.lowlevel.current_trio_token()
         self._router = SharedRouter(random.Random())
         self._trunks: dict[tuple[ModelRoot, Dtype], Trunk] = {}
         self._loading = trio.Lock()
@@ -160,7 +164,13 @@ class Requester:
             call_timeout_s=self._call_timeout_s,
             model_name=model.name,
             local=self._local,
+            note_gone=self._note_gone_from_thread,
         )
+
+    def _note_gone_from_thread(self, peer: PeerId) -> None:
+        if self._note_gone is not None:
+            with contextlib.suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(self._note_gone, peer)
 
     async def _find_again(self, model: LocalModel, dtype: Dtype) -> HostPlan:
         """Hosts as of now, connected where they can be: the model's thread only calls."""

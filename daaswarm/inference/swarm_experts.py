@@ -65,6 +65,7 @@ class SwarmExperts:
         call_timeout_s: the deadline of one call.
         model_name: for messages.
         local: computes the calls that the router gives to this node itself.
+        note_gone: is told of a host that may have died (from the model's thread).
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class SwarmExperts:
         call_timeout_s: float,
         model_name: str,
         local: LocalCompute | None = None,
+        note_gone: Callable[[PeerId], None] | None = None,
     ) -> None:
         self.plan = plan
         self.hosts: dict[PeerId, HostUse] = {}
@@ -88,6 +90,7 @@ class SwarmExperts:
         self._call_timeout_s = call_timeout_s
         self._model_name = model_name
         self._local = local
+        self._note_gone = note_gone
         self._dtype = TORCH_DTYPES[plan.dtype]
         self._dead: set[PeerId] = set()
         self._silent: dict[PeerId, float] = {}  # since when: other answers that need them don't wait as long again
@@ -236,7 +239,9 @@ class SwarmExperts:
             left_out |= share.busy
         is_retry = bool(share.failed or share.refreshed)
         now = time.monotonic()
-        chosen = self._router.choose(layer, share.get_demand(), candidates, now, left_out, is_retry=is_retry)
+        chosen = self._router.choose(
+            layer, share.get_demand(), candidates, now, left_out, is_retry=is_retry, preferred=self.plan.preferred
+        )
         if len(chosen) == 1:
             return [(peer, share) for peer in chosen]
         return [(peer, share.restrict(experts)) for peer, experts in sorted(chosen.items())]
@@ -368,6 +373,8 @@ class SwarmExperts:
         assert not isinstance(item.call, DaaswarmError)
         elapsed = item.call.latency_s
         self._silent.pop(item.peer, None)
+        if item.peer != self._network.peer_id:
+            self._network.links.note_sizes(item.peer, item.sent_bytes + size, elapsed, reply.service_us / 1e6)
         self._router.note_reply(
             item.peer,
             share.work,
@@ -401,6 +408,8 @@ class SwarmExperts:
         self._router.note_failure(peer, time.monotonic())
         if isinstance(error, ConnectionLost | Unreachable):
             self._dead.add(peer)
+        if self._note_gone is not None and isinstance(error, ConnectionLost | DeadlineExceeded | Unreachable):
+            self._note_gone(peer)
         if share.refreshed and isinstance(error, ConnectionLost | DeadlineExceeded | Unreachable):
             self._silent[peer] = time.monotonic()
         return 0.0

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from daaswarm import systems
 from daaswarm.errors import ConfigError
 from daaswarm.models.manifest import Progress
 
@@ -76,7 +77,7 @@ def publish(made: Path, folder: Path) -> None:
 def _sync(path: Path) -> None:
     file = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # what Windows lets one sync
     try:
-        os.fsync(file)
+        systems.sync(file)
     finally:
         os.close(file)
 
@@ -123,16 +124,7 @@ def try_lock(path: Path) -> int | None:
         OSError: the file can't be made.
     """
     file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if not systems.try_lock(file):
         os.close(file)
         return None
     return file

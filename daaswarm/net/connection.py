@@ -12,36 +12,31 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
 
 import trio
 
 from daaswarm.errors import Busy, ConnectionLost, DaaswarmError, DeadlineExceeded, RemoteProtocolError, TooLarge
 from daaswarm.limits import CALL_S, IDLE_PING_S, WRITE_STALL_S
-from daaswarm.messages import Contact, Failure, Ping, Pong, Reply, Request
+from daaswarm.messages import Failure, Ping, Reply, Request
 from daaswarm.net.carrier import Carrier, Signal
 from daaswarm.net.failures import get_failure
 from daaswarm.net.frames import Buffer, get_size
 from daaswarm.net.handshake import ProvenPeer
 from daaswarm.net.inbound import InboundBudget
+from daaswarm.net.network import FastHandler, Handler
 from daaswarm.net.pending import PendingCall
+from daaswarm.net.serving import INTERNAL_ERROR, Serving
 from daaswarm.net.session import Session
-from daaswarm.net.transfers import CallCancelled, CallFailed, Event, ReplyReceived, RequestReceived
-from daaswarm.types import PeerId
+from daaswarm.net.transfers import CallFailed, Event, ReplyReceived
 
 log = logging.getLogger(__name__)
 
 FLUSH_BYTES = 1024 * 1024  # written in one go under the lock, about a millisecond; then others have their turn
 LEAD_S = 0.005  # trio's reader looks again after this while a worker thread reads; waking it costs that thread time
 LOOK_S = 0.25  # a reading thread looks this often whether its call was cancelled meanwhile
-INLINE_S = 0.01  # of one read's requests are computed inline before the rest get tasks: other peers wait meanwhile
-INTERNAL_ERROR = "internal error; the host's log has the details"
 PING_ANSWER_S = 10.0  # a peer that computes inline may answer a ping late, but not later than this
-
-_Answer = tuple[Reply, Sequence[Buffer]]
-_Handler = Callable[[PeerId, Contact | None, Request, memoryview, float], Awaitable[_Answer]]
-_FastHandler = Callable[[PeerId, Request, memoryview], "_Answer | None"]
 
 
 class Connection:
@@ -62,17 +57,17 @@ class Connection:
         *,
         is_client: bool,
         budget: InboundBudget,
-        handler: _Handler,
-        fast_handler: _FastHandler | None = None,
+        handler: Handler,
+        fast_handler: FastHandler | None = None,
         early: bytes = b"",
+        get_near: Callable[[], bytes] = bytes,
     ) -> None:
         self.peer = peer
         self.peer_id = peer.peer_id
         self.remote_addr = carrier.remote_addr
         self.is_client = is_client
         self._carrier = carrier
-        self._handler = handler
-        self._fast_handler = fast_handler
+        self._serving = Serving(self, handler, fast_handler, get_near)
         self._lock = threading.RLock()
         self._error: DaaswarmError | None = None
         self._token = trio.lowlevel.current_trio_token()
@@ -80,8 +75,6 @@ class Connection:
         self._session = Session(is_client=is_client, budget=budget, wake=self._on_room, peer=peer.peer_id)
         self._unwritten = Signal()
         self._ended = trio.Event()
-        self._scopes: dict[int, trio.CancelScope] = {}
-        self._nursery: trio.Nursery | None = None
         self._early = early
         self._heard = 0  # reads that brought something
         self._reader = threading.Lock()  # held by whoever reads the carrier
@@ -106,13 +99,13 @@ class Connection:
         """Drive the connection until it ends. Calls that are in flight then fail with ConnectionLost."""
         try:
             async with trio.open_nursery() as nursery:
-                self._nursery = nursery
+                self._serving.open(nursery)
                 nursery.start_soon(self._cancel_when_ended, nursery.cancel_scope)
                 nursery.start_soon(self._write_loop)
                 nursery.start_soon(self._keep_alive)
                 try:
                     if self._early:
-                        self._dispatch(self._receive())
+                        self._serving.dispatch(self._receive())
                     await self._read_loop()
                 finally:
                     # Before the nursery closes: a thread that still reads must find nothing open to start tasks in.
@@ -220,7 +213,7 @@ class Connection:
                 self._carrier.wait_readable_blocking(min(remaining, LOOK_S))
                 events = self._receive()
                 if events:
-                    self._in_trio(self._dispatch, events)
+                    self._in_trio(self._serving.dispatch, events)
         finally:
             self._stop_reading()
 
@@ -248,7 +241,7 @@ class Connection:
             finally:
                 self._stop_reading()
             if events:
-                self._dispatch(events)
+                self._serving.dispatch(events)
 
     def _receive(self) -> list[Event]:
         """Read once and finish the calls that were answered; the events that are left to trio's thread."""
@@ -289,71 +282,8 @@ class Connection:
 
     # -- serving ----------------------------------------------------------------------------------------------
 
-    def _dispatch(self, events: list[Event]) -> None:
-        try:
-            self._carry_out(events)
-        except Exception:
-            log.exception("serving on the connection with %s failed", self.peer_id)
-            self.close(_get_internal())
-            for event in events:
-                if isinstance(event, RequestReceived) and event.call not in self._scopes:
-                    self._drop(event.call)
-
-    def _carry_out(self, events: list[Event]) -> None:
-        begin = monotonic()
-        for event in events:
-            if isinstance(event, RequestReceived):
-                if self._error is not None:
-                    self._drop(event.call)
-                else:
-                    self._serve(event, inline=monotonic() - begin < INLINE_S)
-            elif isinstance(event, CallCancelled):
-                scope = self._scopes.get(event.call)
-                if scope is not None:
-                    scope.cancel()
-
-    def _serve(self, request: RequestReceived, inline: bool) -> None:
-        if isinstance(request.message, Ping):
-            self._reply(request.call, Pong())
-            return
-        if inline and self._fast_handler is not None:
-            try:
-                answer = self._fast_handler(self.peer_id, request.message, request.body)
-            except DaaswarmError as error:
-                answer = get_failure(error), ()
-            except Exception:  # a bug of ours costs the call that met it, not the node
-                log.exception("serving %s for %s failed", type(request.message).__name__, self.peer_id)
-                answer = Failure(code="error", message=INTERNAL_ERROR), ()
-            if answer is not None:
-                self._reply(request.call, *answer)
-                return
-        assert self._nursery is not None
-        # The scope stands before the task runs: a CANCEL may be the very next event.
-        scope = trio.CancelScope(deadline=trio.current_time() + request.deadline_s)
-        self._scopes[request.call] = scope
-        self._nursery.start_soon(self._serve_in_task, request, scope)
-
-    async def _serve_in_task(self, request: RequestReceived, scope: trio.CancelScope) -> None:
-        answer: _Answer = get_failure(DeadlineExceeded("not done by the call's deadline")), ()
-        try:
-            with scope:
-                if not scope.cancel_called:
-                    answer = await self._handler(
-                        self.peer_id, self.peer.contact, request.message, request.body, request.deadline_s
-                    )
-        except DaaswarmError as error:
-            answer = get_failure(error), ()
-        except Exception:  # likewise
-            log.exception("serving %s for %s failed", type(request.message).__name__, self.peer_id)
-            answer = Failure(code="error", message=INTERNAL_ERROR), ()
-        except BaseException:  # the connection ends, and with it what it counts
-            self._drop(request.call)
-            raise
-        finally:
-            del self._scopes[request.call]
-        self._reply(request.call, *answer)
-
-    def _reply(self, call: int, message: Reply, body: Sequence[Buffer] = ()) -> None:
+    def reply(self, call: int, message: Reply, body: Sequence[Buffer] = ()) -> None:
+        """Answer a call of the peer's."""
         with self._lock:
             try:
                 self._session.send_reply(call, message, body)
@@ -364,7 +294,8 @@ class Connection:
                 self._session.send_reply(call, Failure(code="error", message=INTERNAL_ERROR))
             self._flush()
 
-    def _drop(self, call: int) -> None:
+    def drop(self, call: int) -> None:
+        """Count a call of the peer's no more: it gets no answer, since the connection ends."""
         with self._lock:
             self._session.drop_served(call)
 

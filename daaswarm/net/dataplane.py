@@ -38,6 +38,7 @@ from daaswarm.net.pool import ConnectionPool, ShakenHands, check_peer_id, shake_
 from daaswarm.net.scope import open_service_nursery
 from daaswarm.net.splice import Splicer
 from daaswarm.net.tls import TlsCarrier, TlsContexts, create_tls_contexts
+from daaswarm.systems import claim_port
 from daaswarm.types import PeerId
 
 log = logging.getLogger(__name__)
@@ -253,7 +254,7 @@ def _bind(address: Address) -> socket.socket:
     try:
         info = socket.getaddrinfo(address.host, address.port, family, socket.SOCK_STREAM)
         sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        claim_port(sock)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(info[0][4])

@@ -11,6 +11,7 @@ import trio
 from daaswarm.errors import DaaswarmError
 from daaswarm.messages import Contact, Reply, Request
 from daaswarm.net.frames import Buffer
+from daaswarm.net.links import SharedLinks
 from daaswarm.net.pending import PendingCall
 from daaswarm.types import PeerId
 
@@ -38,6 +39,11 @@ class Network(Protocol):
     @property
     def contact(self) -> Contact | None:
         """Own dialable addresses; ``None`` for a node that only dials."""
+        ...
+
+    @property
+    def links(self) -> SharedLinks:
+        """How far peers are, as calls told. :meth:`call` notes its own; whoever uses :meth:`submit` notes those."""
         ...
 
     async def connect(self, contact: Contact) -> PeerId:

@@ -26,6 +26,7 @@ from daaswarm.net.connection import Connection
 from daaswarm.net.frames import Buffer, FrameParser
 from daaswarm.net.handshake import ClientHandshake, Identity, ProvenPeer, ServerHandshake
 from daaswarm.net.inbound import InboundBudget
+from daaswarm.net.links import SharedLinks
 from daaswarm.net.network import FastHandler, Handler
 from daaswarm.net.pending import PendingCall
 from daaswarm.types import PeerId
@@ -111,6 +112,7 @@ class ConnectionPool:
     ) -> None:
         self.identity = identity
         self.contact: Contact | None = None
+        self.links = SharedLinks()
         self._peer_id = identity.peer_id
         self._dial_address = dial
         self._nursery = nursery
@@ -159,6 +161,7 @@ class ConnectionPool:
             handler=self._handler,
             fast_handler=self._fast_handler,
             early=hands.early,
+            get_near=self.links.pack_near,
         )
         self._by_peer.setdefault(peer_id, []).append(connection)
         self._count += 1
@@ -188,7 +191,10 @@ class ConnectionPool:
             deadline_s -= trio.current_time() - begin
             if deadline_s <= 0:
                 raise DeadlineExceeded(f"connecting to {contact.peer_id} took all of the call's time")
-        return await connection.call(message, body, deadline_s=min(deadline_s, CALL_S))
+        began = trio.current_time()
+        reply, answer = await connection.call(message, body, deadline_s=min(deadline_s, CALL_S))
+        self.links.note(connection.peer_id, body, reply, answer, trio.current_time() - began)
+        return reply, answer
 
     def submit(
         self, contact: Contact, message: Request, body: Sequence[Buffer] = (), *, deadline_s: float

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import select
 import socket
 import ssl
-import sys
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -20,6 +18,7 @@ from daaswarm.errors import RemoteProtocolError, Unreachable
 from daaswarm.net.carrier import READ_BYTES
 from daaswarm.net.certificate import create_certificate, get_certified_peer_id
 from daaswarm.net.frames import Buffer, get_size
+from daaswarm.systems import wait_readable
 from daaswarm.types import PeerId
 
 RECORD_BYTES = 16 * 1024  # the most that one TLS record holds: buffers up to here are joined, saving records and calls
@@ -182,12 +181,7 @@ class TlsCarrier:
         await trio.lowlevel.wait_writable(self._sock.fileno())
 
     def wait_readable_blocking(self, timeout_s: float) -> None:
-        if sys.platform == "win32":
-            select.select([self._sock], [], [], timeout_s)
-        else:  # select() refuses descriptors above 1,023
-            poll = select.poll()
-            poll.register(self._sock, select.POLLIN)
-            poll.poll(timeout_s * 1000)
+        wait_readable(self._sock, timeout_s)
 
     def shut_down(self) -> None:
         with contextlib.suppress(OSError):  # it may be broken already

@@ -19,6 +19,7 @@ from daaswarm.models.sources import LocalModel
 from daaswarm.net.dataplane import TcpNetwork
 from daaswarm.net.discovery import Discovery
 from daaswarm.net.network import connect_all
+from daaswarm.node.advising import check_feasible, get_warning
 from daaswarm.node.hosting import Hosting
 from daaswarm.node.reporting import Emit, Event, get_model, make_progress
 from daaswarm.types import Dtype, PeerId
@@ -104,6 +105,8 @@ class Answering:
                 nursery.start_soon(self.get_requester)  # seconds of imports, while hosts are looked for
             plan = await self.find_hosts(model, dtype)
             try:
+                if embedded is None and not params.get("force"):
+                    await self._advise(model, plan, params, emit)
                 result = await self._ask(model, plan, params, emit)
             except NoPeerCouldServe as lost:
                 if lost.text or dtype is not None:
@@ -139,6 +142,19 @@ class Answering:
                 finally:
                     self._held -= peers
 
+    async def _advise(self, model: LocalModel, plan: HostPlan, params: Event, emit: Emit) -> None:
+        """Say so if the model would be faster whole, on this machine; once in a conversation.
+
+        Raises:
+            ConfigError: this machine can't hold its part.
+        """
+        check_feasible(model, plan.dtype)
+        if params["history"] or plan.get_missing() or plan.contacts.keys() <= {*self._held, self._network.peer_id}:
+            return
+        await self.connect_hosts(plan)
+        if (text := await get_warning(self._network, model, plan)) is not None:
+            await emit({"event": "message", "text": text})
+
     async def _ask(self, model: LocalModel, plan: HostPlan, params: Event, emit: Emit) -> Event:
         plan.check_complete(model.name)
         await self.connect_hosts(plan)
@@ -157,7 +173,7 @@ class Answering:
 
         known = await self._discovery.find_adverts(model.root)
         awake = leave_out_paused(known, model.layers, kind=model.kind)
-        return make_plan(model, known, choose_dtype(awake, dtype, model.layers, kind=model.kind))
+        return make_plan(model, known, choose_dtype(awake, dtype, model.layers, kind=model.kind), self._get_island())
 
     async def _find_other(self, model: LocalModel, tried: Dtype) -> HostPlan | None:
         """The best dtype but one, if every expert has a host in it."""
@@ -165,8 +181,12 @@ class Answering:
 
         known = await self._discovery.find_adverts(model.root)
         ranked = rank_dtypes(known, model.layers, kind=model.kind)
-        plans = (make_plan(model, known, dtype) for dtype in ranked if dtype != tried)
+        plans = (make_plan(model, known, dtype, self._get_island()) for dtype in ranked if dtype != tried)
         return next((plan for plan in plans if not plan.get_missing()), None)
+
+    def _get_island(self) -> frozenset[PeerId]:
+        """This node and the peers near it."""
+        return self._network.links.get_island() | {self._network.peer_id}
 
     async def connect_hosts(self, plan: HostPlan) -> None:
         """Have a live connection to each host before the model's thread needs it."""
@@ -185,6 +205,7 @@ class Answering:
                     self._nursery,
                     call_timeout_s=self._config.infer.call_timeout_s,
                     local=self._compute_locally,
+                    note_gone=self._discovery.spreader.note_failed,
                     threads=self._config.infer.threads,
                 )
             return self._requester

@@ -28,6 +28,7 @@ from daaswarm.messages import (
     Reopen,
     Reply,
     Request,
+    Spreading,
     Store,
 )
 from daaswarm.models.sources import LocalModel, list_models
@@ -38,6 +39,7 @@ from daaswarm.node.answering import Answering
 from daaswarm.node.hosting import Hosting, Wish
 from daaswarm.node.neighbour import GoodNeighbour
 from daaswarm.node.operating import Operating
+from daaswarm.node.planning import Planning
 from daaswarm.node.remembering import Remembering
 from daaswarm.node.reporting import Emit, Event
 from daaswarm.node.sharing import Sharing
@@ -83,6 +85,7 @@ class SwarmCoordinator:
         self.network = network
         self.discovery = discovery
         self.hosting = Hosting(config, discovery)
+        discovery.spreader.get_load = lambda: self.hosting.service.queue_depth if self.hosting.service else 0
         self.answering = Answering(config, network, discovery, self.hosting, nursery)
         self.memory = Remembering(store, network, discovery, is_owner=is_owner)
         self.neighbour = GoodNeighbour(config.host, self.hosting.set_pause)
@@ -129,6 +132,8 @@ class SwarmCoordinator:
             return answer
         if isinstance(message, FindNode | FindValue | Store | GetAdverts):
             return self.discovery.answer(peer, contact, message), ()
+        if isinstance(message, Spreading):
+            return await self.discovery.spreader.answer(peer, contact, message), ()
         if isinstance(message, GetModelPart):
             return await self.sharing.answer(peer, message, deadline_s)
         if isinstance(message, Reopen):
@@ -205,10 +210,12 @@ class SwarmCoordinator:
 
     async def serve(self, wish: Wish, emit: Emit) -> None:
         """Serve experts until cancelled, in the swarm that was met before."""
-        async with self.hosting.serve(wish, emit) as hosted:
+        async with self.hosting.serve(wish, emit) as served:
             await self.wait_for_libp2p()
-            logger.info("%s", "; ".join(hosted["lines"]))
-            await emit({"event": "ready", "peer_id": self.peer_id, "addrs": self.addrs, **hosted})
+            logger.info("%s", "; ".join(served.ready["lines"]))
+            await emit({"event": "ready", "peer_id": self.peer_id, "addrs": self.addrs, **served.ready})
+            if served.balancing is not None:
+                await served.balancing.keep()
             await trio.sleep_forever()
 
     async def infer(self, params: Event, emit: Emit) -> Event:
@@ -276,6 +283,7 @@ class SwarmCoordinator:
             "uptime_s": round(time.time() - self.started_at, 1),
             "tasks": trio.lowlevel.current_statistics().tasks_living,
             "known_peers": [contact.peer_id for contact in self.discovery.get_known()],
+            "islands": describe_islands(self.network),
             "hosted": self.hosting.describe(),
             "paused": self.neighbour.describe(),
             "models": [{"name": m.name, "root": m.root, "folder": str(m.folder)} for m in models],
@@ -290,6 +298,10 @@ class SwarmCoordinator:
         if method == "chat":
             await self.chat(params, emit)
             return {}
+        if method == "plan":
+            check_bootstrap(params["bootstrap"])
+            await self.bootstrap(params["bootstrap"])
+            return await Planning(self.network, self.answering).plan(params, emit)
         if method == "host":
             await self.host(params, emit)
             return {}
@@ -297,6 +309,20 @@ class SwarmCoordinator:
         if result is not None:
             return result
         raise ConfigError(f"unknown method {method!r}", hint="is the node of another version?")
+
+
+def describe_islands(network: TcpNetwork) -> list[Event]:
+    """The peers that were called, in islands of short round trips; this node's own first."""
+    islands: list[Event] = []
+    for number, island in enumerate(network.links.find_islands(network.peer_id)):
+        peers: list[Event] = []
+        for peer in island:
+            link = network.links.get(peer)
+            if link is not None and peer != network.peer_id:
+                rate = round(link.bytes_per_s) if link.bytes_per_s is not None else None
+                peers.append({"peer_id": peer, "rtt_ms": round(link.rtt_s * 1e3, 3), "bytes_per_s": rate})
+        islands.append({"own": number == 0, "peers": peers})
+    return islands
 
 
 def check_bootstrap(addresses: list[str]) -> None:

@@ -18,6 +18,7 @@ from daaswarm.errors import ConfigError
 from daaswarm.models.fingerprint import Fingerprint, find_changed, take_fingerprint
 from daaswarm.models.sources import LocalModel
 from daaswarm.net.discovery import Discovery
+from daaswarm.node.balancing import Balancing, find_holders
 from daaswarm.node.reporting import Emit, Event, get_model, make_progress
 from daaswarm.types import Dtype, ExpertId, ModelRoot, format_bytes, format_range, parse_bytes, parse_range
 
@@ -43,6 +44,18 @@ class Wish(NamedTuple):
     memory_bytes: int
 
 
+class Served(NamedTuple):
+    """What came of a :class:`Wish`.
+
+    Attributes:
+        ready: what the event ``ready`` says of it.
+        balancing: looks after it while it lasts; ``None`` where the user chose the experts.
+    """
+
+    ready: Event
+    balancing: Balancing | None
+
+
 class Hosting:
     """The experts of one node.
 
@@ -58,6 +71,7 @@ class Hosting:
         self.limit_bytes = parse_bytes(config.host.memory, option="host.memory")
         self.changing = trio.Lock()  # what is served grows by one change at a time: each rests on what is held
         self._threads = config.host.threads
+        self._tags = config.host.tags
         self._discovery = discovery
         self._pause: Pause | None = None
         self._reserved = 0  # bytes of experts that are being read
@@ -146,8 +160,8 @@ class Hosting:
         return wish
 
     @asynccontextmanager
-    async def serve(self, wish: Wish, emit: Emit) -> AsyncIterator[Event]:
-        """Load the experts and offer them during the block; yields what ``ready`` says of them.
+    async def serve(self, wish: Wish, emit: Emit) -> AsyncIterator[Served]:
+        """Load the experts and offer them during the block.
 
         Raises:
             ConfigError: they are served already, or not one fits into the memory given.
@@ -158,14 +172,14 @@ class Hosting:
         async with self.changing:
             if wish.held is None:
                 wish = wish._replace(memory_bytes=min(wish.memory_bytes, self.limit_bytes - self.used_bytes))
-            held = wish.held if wish.held is not None else await self.choose(wish)
+            held = wish.held if wish.held is not None else await self._choose_beside(wish)
             service.check_free(model.root, model.name, dtype, held)
             with self.reserving(count_bytes(model, dtype, held)):
                 hosted, bytes_read = await self.load(model, held, dtype, emit)
             service.add(hosted)
         try:
             self.advertise(model.root)
-            yield {
+            ready: Event = {
                 "model": model.name,
                 "model_root": model.root,
                 "dtype": dtype,
@@ -174,6 +188,10 @@ class Hosting:
                 "bytes_read": bytes_read,
                 "lines": [describe_held(model, held, hosted.nbytes)],
             }
+            balancing = None
+            if wish.held is None:
+                balancing = Balancing(self, self._discovery, self._discovery.peer_id, wish, held, emit)
+            yield Served(ready, balancing)
         finally:
             service.remove(model.root, dtype, held)
             self.advertise(model.root)
@@ -228,8 +246,24 @@ class Hosting:
         else:
             held = {layer: list(experts.ids) for layer, experts in hosted.layers.items()}
             self._discovery.advertise(
-                root, hosted.name, hosted.kind, held, hosted.dtype, paused=self._pause is not None
+                root, hosted.name, hosted.kind, held, hosted.dtype, paused=self._pause is not None, tags=self._tags
             )
+
+    async def _choose_beside(self, wish: Wish) -> dict[int, list[int]]:
+        """What to serve of a model of which this node may serve some layers already: one command has a layer whole.
+
+        Raises:
+            ConfigError: nothing is left, or fits.
+        """
+        hosted = self.get_hosted(wish.model.root)
+        taken = {layer: list(range(wish.model.layers[layer])) for layer in hosted.layers} if hosted else {}
+        chosen = await self.choose(wish, taken)
+        if not chosen:
+            raise ConfigError(
+                f"this node serves something of all layers of {wish.model.name} that would fit",
+                hint="stop the other host-expert (or expert remove) first",
+            )
+        return chosen
 
     async def choose(self, wish: Wish, without: dict[int, list[int]] | None = None) -> dict[int, list[int]]:
         """The experts with the fewest live hosts that fit into the memory given.
@@ -237,11 +271,8 @@ class Hosting:
         Args:
             without: not these; they are served here already.
         """
-        counts: dict[ExpertId, int] = {}
-        for known in await self._discovery.find_adverts(wish.model.root):
-            for layer, experts in known.experts.items():
-                for expert in experts:
-                    counts[ExpertId(layer, expert)] = counts.get(ExpertId(layer, expert), 0) + 1
+        holders = await find_holders(self._discovery, wish.model.root, wish.dtype)
+        counts = {expert: len(peers) for expert, peers in holders.items()}
         for layer, experts in (without or {}).items():
             for expert in experts:
                 counts[ExpertId(layer, expert)] = LAST

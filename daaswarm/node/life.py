@@ -15,6 +15,7 @@ import trio
 from daaswarm import __version__
 from daaswarm.api.control import serve_control
 from daaswarm.config import Config, NetworkConfig
+from daaswarm.core.routing_table import get_node_id
 from daaswarm.core.signing import get_swarm_id
 from daaswarm.errors import ConfigError, DaaswarmError
 from daaswarm.messages import Contact, Reply, Request
@@ -153,8 +154,8 @@ async def run_node(data_dir: DataDir, config: Config, emit: Emit, *, host: Event
     """``join`` and ``host-expert``: a node in the foreground, until cancelled.
 
     Raises:
-        ConfigError: another node runs on the data directory, a port is in use, no bootstrap address answers, or what
-            is to be hosted can't be.
+        ConfigError: another node runs on the data directory, a port is in use, no bootstrap address answers and no
+            peer of an earlier run either, or what is to be hosted can't be.
     """
     check_addresses(config, listen=True)
     systemd = Systemd(os.environ)
@@ -174,9 +175,7 @@ async def run_node(data_dir: DataDir, config: Config, emit: Emit, *, host: Event
                 await node.memory.note_model(wish.model)
             seeds = await node.memory.recall()
             logger.info("daaswarm %s starts as %s on %s", __version__, node.peer_id, ", ".join(node.addrs))
-            await node.bootstrap(config.network.bootstrap)
-            if not config.network.bootstrap:
-                node.discovery.join(seeds)
+            await _meet(node, config.network.bootstrap, seeds)
             await nursery.start(serve_control, data_dir.socket_path, node.control)
             nursery.start_soon(node.memory.keep_saving)
             nursery.start_soon(node.neighbour.keep_watching)
@@ -199,6 +198,21 @@ async def restore(node: SwarmCoordinator, emit: Emit) -> None:
         raise
     except Exception:
         logger.exception("not all that is deployed here is served")
+
+
+async def _meet(node: SwarmCoordinator, bootstrap: list[str], seeds: list[Contact]) -> None:
+    """Find the swarm through the bootstrap addresses, or through peers of an earlier run where none of them answers.
+
+    Raises:
+        ConfigError: neither led to a peer; says why for each address.
+    """
+    node.discovery.restore(seeds)
+    try:
+        await node.bootstrap(bootstrap)
+    except ConfigError as error:
+        if not seeds or not (await node.discovery.lookup(get_node_id(node.peer_id), "nodes")).contacts:
+            raise
+        logger.warning("%s; peers of an earlier run are there", error.message)
 
 
 @asynccontextmanager

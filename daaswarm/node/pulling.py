@@ -236,7 +236,7 @@ class _Pull:
 
         with trio.CancelScope() as scope:
             async with trio.open_nursery() as nursery:
-                for _ in range(UNITS_PER_PEER):
+                for _ in range(1 if source.late else UNITS_PER_PEER):  # they share one line
                     nursery.start_soon(work)
 
     async def _fly(self, source: Source, assembly: Assembly, missing: deque[Unit]) -> None:

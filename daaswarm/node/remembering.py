@@ -48,7 +48,7 @@ class Remembering:
         """Believe again the adverts that still hold; returns peers through which to find the swarm."""
         for record in await self.store.get_adverts():
             try:
-                self._discovery.book.put(record.signed, time.time())
+                self._discovery.membership.put(record.signed, time.time())
             except RemoteProtocolError as error:  # of another swarm, or the disk altered it
                 logger.debug("an advert on disk is not believed: %s", error)
         return [record.contact for record in await self.store.get_peers(SEEDS)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from daaswarm.config import get_cache_dir
-from daaswarm.core.adverts import Known
+from daaswarm.core.adverts import Known, has_tag
 from daaswarm.errors import Busy, DaaswarmError, NoPeerCouldServe
 from daaswarm.messages import Advert, Contact, ExpertReply, Ping
 from daaswarm.models.sources import DEFAULT_NAMES, LocalModel, list_models
@@ -82,32 +82,38 @@ class Surveying:
         """What ``expert list --available`` shows: who serves what.
 
         The swarm can only be asked about a model. Where none is named, that is the default one and those in the cache;
-        of others, what the peers that this node knows serve is shown.
+        of others, what the peers that this node knows serve is shown, and what these tell of theirs.
 
         Raises:
-            NoPeerCouldServe: nobody serves the model that was named.
+            NoPeerCouldServe: nobody serves the model, or the tag, that was named.
         """
-        wanted = params["model"]
-        known = {(k.advert.peer_id, k.advert.model_root): k for k in await self._discovery.find_all_adverts()}
+        wanted, tag = params["model"], params["tag"] or ""
+        found = await self._discovery.finder.find_all(tag=tag)
+        known = {(k.advert.peer_id, k.advert.model_root): k for k in found}
         if wanted is None:
-            roots = set(await trio.to_thread.run_sync(list_own_roots, abandon_on_cancel=True))
+            roots = sorted(await trio.to_thread.run_sync(list_own_roots, abandon_on_cancel=True))
         else:
             root = await find_root(wanted)
             known = {key: k for key, k in known.items() if is_meant(k.advert, wanted, root)}
-            roots = {ModelRoot(model_root) for _, model_root in known} | ({root} if root is not None else set())
+            # What the name means here comes first: others can make up any number of models of that name.
+            others = sorted({ModelRoot(model_root) for _, model_root in known} - {root})
+            roots = [root, *others] if root is not None else others
         for k in await self._look_up(roots):
             known[k.advert.peer_id, k.advert.model_root] = k
-        if wanted is not None and not known:
+        if tag:
+            known = {key: k for key, k in known.items() if has_tag(k.advert, tag)}
+        if (wanted is not None or tag) and not known:
+            what = " with the tag ".join(filter(None, [wanted or "a model", tag]))
             raise NoPeerCouldServe(
-                f"nobody in the swarm serves {wanted}",
+                f"nobody in the swarm serves {what}",
                 hint="serve it: daaswarm host-expert, or look at all: daaswarm expert list --available",
             )
         hosts = [self._describe_host(k) for k in known.values()]
         return {"hosts": sorted(hosts, key=lambda h: (h["model"], h["model_root"], h["peer_id"]))}
 
-    async def _look_up(self, roots: set[ModelRoot]) -> list[Known]:
-        """The adverts of all live hosts of these models, as far as :data:`LOOKUPS_S` allows."""
-        waiting = iter(sorted(roots))
+    async def _look_up(self, roots: list[ModelRoot]) -> list[Known]:
+        """The adverts of all live hosts of these models, in this order as far as :data:`LOOKUPS_S` allows."""
+        waiting = iter(roots)
         found: list[Known] = []
 
         async def look_up_some() -> None:
@@ -131,6 +137,9 @@ class Surveying:
             "dtype": advert.dtype,
             "held": {str(layer): experts for layer, experts in known.experts.items()},
             "paused": advert.paused,
+            "load": advert.load,
+            "price": advert.price,
+            "tags": list(advert.tags),
             "addrs": list(advert.addrs),
             "connected": self._network.is_connected(PeerId(advert.peer_id)),
         }

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-import stat
-import sys
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 from nacl.signing import SigningKey
 
 from daaswarm.errors import ConfigError
-
-LOCKED_BYTE = 1 << 20  # on Windows, where a locked byte can't be read: behind what the file says
-SOCKET_PATH_BYTES = 100  # sun_path holds 104 (macOS) to 108 (Linux)
+from daaswarm.systems import create_private, sync, try_lock, unlock
 
 
 class DataDir:
@@ -31,6 +26,7 @@ class DataDir:
         self.key_path = path / "identity.key"
         self.config_path = path / "config.toml"
         self.lock_path = path / "node.lock"
+        self.socket_path = path.absolute() / "control.sock"
         self.database_path = path / "node.db"
         self.history_path = path / "chat-history"
         self.log_path = path / "logs" / "node.log"
@@ -47,26 +43,6 @@ class DataDir:
             raise ConfigError(
                 f"data directory {self.path} can't be made: {error.strerror}", hint="choose another with --data-dir"
             ) from error
-
-    @property
-    def socket_path(self) -> Path:
-        """Where a running node answers. A path too long for a socket gets a short one in the temporary folder."""
-        path = self.path.absolute() / "control.sock"
-        if sys.platform == "win32":  # a file there, of any length
-            return path
-        if len(os.fsencode(path)) <= SOCKET_PATH_BYTES:
-            return path
-        digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-        folder = Path(tempfile.gettempdir()) / f"daaswarm-{os.getuid()}"
-        with contextlib.suppress(OSError):
-            folder.mkdir(mode=0o700, exist_ok=True)
-        try:
-            owned = folder.lstat()
-        except OSError as error:
-            raise ConfigError(f"{folder} can't be made: {error.strerror}", hint="use a shorter --data-dir") from error
-        if not stat.S_ISDIR(owned.st_mode) or owned.st_uid != os.getuid() or owned.st_mode & 0o077:
-            raise ConfigError(f"{folder} is not a private folder of yours", hint="use a shorter --data-dir")
-        return folder / f"{digest}.sock"
 
     def is_used(self) -> bool:
         """Whether a node was ever made or run here."""
@@ -104,16 +80,17 @@ class DataDir:
     def _create_key(self) -> None:
         self.create()
         try:
-            fd, name = tempfile.mkstemp(dir=self.path, prefix=".identity-")  # mode 0600 from the start
+            name = self.path / f".identity-{secrets.token_hex(4)}"
+            fd = create_private(name)
             try:
                 with os.fdopen(fd, "w", encoding="ascii") as file:
                     file.write(SigningKey.generate().encode().hex() + "\n")
                     file.flush()
-                    os.fsync(file.fileno())
+                    sync(file.fileno())
                 with contextlib.suppress(FileExistsError):  # another process was first: its key counts
                     os.link(name, self.key_path)
             finally:
-                Path(name).unlink()
+                name.unlink()
         except OSError as error:
             raise ConfigError(
                 f"{self.key_path} can't be written: {error.strerror}",
@@ -135,15 +112,13 @@ class DataDir:
                 f"{self.lock_path} can't be opened: {error.strerror}", hint="check its owner, or choose --data-dir"
             ) from error
         with opened as file:
-            try:
-                _lock(file.fileno())
-            except OSError:
+            if not try_lock(file.fileno()):
                 file.seek(0)
                 owner = file.read(32).decode("ascii", "replace").strip()
                 raise ConfigError(
                     f"a node already runs on {self.path}" + (f" (process {owner})" if owner else ""),
                     hint="use it (host-expert and infer attach to it), stop it, or choose another --data-dir",
-                ) from None
+                )
             with contextlib.suppress(OSError):  # it only says whose lock it is: a full disk doesn't make it less of one
                 file.truncate(0)
                 file.write(f"{os.getpid()}\n".encode())
@@ -152,18 +127,4 @@ class DataDir:
             finally:
                 with contextlib.suppress(OSError):
                     file.truncate(0)
-
-
-def _lock(file: int) -> None:
-    """Raises:
-    OSError: another process holds it.
-    """
-    if sys.platform == "win32":
-        import msvcrt
-
-        os.lseek(file, LOCKED_BYTE, os.SEEK_SET)
-        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                unlock(file.fileno())

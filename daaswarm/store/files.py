@@ -101,6 +101,7 @@ def check_owner(connection: sqlite3.Connection, path: Path, version: int = SCHEM
 
 def _set_up(connection: sqlite3.Connection) -> None:
     connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA fullfsync = ON")  # for macOS, see systems.sync; no other system knows it
     connection.execute("PRAGMA foreign_keys = ON")
     connection.execute(f"PRAGMA journal_size_limit = {JOURNAL_BYTES}")
     mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]

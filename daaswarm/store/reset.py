@@ -19,7 +19,7 @@ MADE = re.compile(
     rf"node\.db({SIDE})?"
     rf"|node\.db\.corrupt-\d{{8}}T\d{{6}}Z(-\d+)?({SIDE})?"  # see files.set_aside
     r"|chat-history(\.new)?|config\.toml\.new|control\.sock"
-    r"|\.identity-[a-z0-9_]{8}"  # as tempfile names it
+    r"|\.identity-[a-z0-9_]{8}"  # see DataDir._create_key
 )
 LOGS = re.compile(rf"node\.log(\.[1-{LOG_FILES - 1}])?")  # in the folder of logs, which goes when it is empty then
 KEPT_UNLESS_ALL = ("identity.key", "config.toml")

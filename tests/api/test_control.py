@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import trio
 
-from daaswarm.api import control
+from daaswarm.api import control, endpoint
 from daaswarm.api.control import Emit, RemoteError, request, serve_control
-from daaswarm.api.endpoint import LOOPBACK, connect, is_running, listen
+from daaswarm.api.endpoint import HOST, UNIX_PATH_BYTES, connect, is_anybody_there, open_door
 from daaswarm.errors import ConfigError, NoPeerCouldServe, Offline, RemoteProtocolError, TooLarge
 
 if sys.version_info < (3, 11):
@@ -60,7 +60,7 @@ class Node:
 async def serving(path: Path) -> AsyncIterator[Node]:
     node = Node()
     async with trio.open_nursery() as nursery:
-        await nursery.start(partial(serve_control, path, node.handle, over_tcp=path.suffix == ".tcp"))
+        await nursery.start(partial(serve_control, path, node.handle, way="tcp" if path.suffix == ".tcp" else "unix"))
         yield node
         nursery.cancel_scope.cancel()
 
@@ -82,14 +82,14 @@ def unix_path(tmp_path: Path) -> Path:
 
 async def test_events_then_the_result(path: Path) -> None:
     async with serving(path):
-        assert await trio.to_thread.run_sync(is_running, path)
+        assert await trio.to_thread.run_sync(is_anybody_there, path)
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert await ask(path, "count", {"to": 3}) == [
             *({"event": "n", "n": n} for n in range(3)),
             {"result": {"done": 3}},
         ]
         assert len(await ask(path, "count", {"to": 3, "text": "ü" * 300_000})) == 4  # longer than one read
-    assert not path.exists() and not is_running(path)
+    assert not path.exists() and not is_anybody_there(path)
 
 
 async def test_an_error_comes_over_as_it_was(path: Path) -> None:
@@ -181,7 +181,7 @@ async def test_a_node_that_is_stuck(unix_path: Path, monkeypatch: pytest.MonkeyP
     with socket.socket(socket.AF_UNIX) as stuck:  # it listens, as a stopped process does, but never answers
         stuck.bind(os.fspath(path))
         stuck.listen(16)
-        assert is_running(path)
+        assert is_anybody_there(path)
         for text in ("", "x" * 1_000_000):  # also one that doesn't fit into the socket's buffer
             with pytest.raises(Offline, match="has not answered") as info, trio.fail_after(5):
                 await ask(path, "count", {"to": 1, "text": text})
@@ -225,17 +225,17 @@ async def test_a_stale_socket_file_is_replaced(unix_path: Path) -> None:
     path = unix_path
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(os.fspath(path))
-    assert path.exists() and not is_running(path)
+    assert path.exists() and not is_anybody_there(path)
     async with serving(path):
-        assert is_running(path)
+        assert is_anybody_there(path)
 
 
 async def test_where_there_is_no_node(path: Path) -> None:
-    assert not is_running(path)
+    assert not is_anybody_there(path)
     with pytest.raises(Offline, match="doesn't answer"):
         await ask(path, "count", {})
     path.write_text("a file")
-    assert not is_running(path)
+    assert not is_anybody_there(path)
 
 
 async def test_a_node_that_stops_in_between(path: Path) -> None:
@@ -278,7 +278,7 @@ async def test_over_tcp_nobody_asks_without_the_secret(
     path = tmp_path / "control.tcp"
     async with serving(path):
         file = json.loads(path.read_bytes())
-        async with await trio.open_tcp_stream(LOOPBACK, file["port"]) as stream:
+        async with await trio.open_tcp_stream(HOST, file["port"]) as stream:
             with trio.fail_after(5):
                 await stream.send_all(said)
                 with contextlib.suppress(trio.BrokenResourceError):  # it hung up before all was read
@@ -288,16 +288,15 @@ async def test_over_tcp_nobody_asks_without_the_secret(
 
 async def test_over_tcp_another_program_on_a_dead_nodes_port(tmp_path: Path) -> None:
     path = tmp_path / "control.tcp"
-    dead = listen(path, over_tcp=True)
-    dead.socket.listen()
+    dead = open_door(path, "tcp")
 
     async def hang_up(stream: trio.SocketStream) -> None:
         await stream.send_all(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
     async with trio.open_nursery() as nursery:
-        listening = trio.SocketListener(trio.socket.from_stdlib_socket(dead.socket))
+        listening = trio.SocketListener(dead.sock)
         nursery.start_soon(trio.serve_listeners, hang_up, [listening])
-        assert not await trio.to_thread.run_sync(is_running, path)
+        assert not await trio.to_thread.run_sync(is_anybody_there, path)
         with pytest.raises(Offline, match=r"another program|broke"), trio.fail_after(5):
             await ask(path, "count", {"to": 1})
         nursery.cancel_scope.cancel()
@@ -308,6 +307,39 @@ async def test_over_tcp_a_secret_lasts_one_start(tmp_path: Path) -> None:
     secrets = []
     for _ in range(2):
         async with serving(path):
-            secrets.append(json.loads(path.read_bytes())["secret"])
+            secrets.append(json.loads(path.read_bytes())["client"])
         assert not path.exists()
     assert secrets[0] != secrets[1]
+
+
+async def test_a_path_too_long_for_a_unix_socket_is_served_over_tcp(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * UNIX_PATH_BYTES)
+    folder.mkdir()
+    path = folder / "control.sock"
+    node = Node()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_control, path, node.handle)
+        assert stat.S_ISREG(path.stat().st_mode) and stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert len(await ask(path, "count", {"to": 1})) == 2
+        nursery.cancel_scope.cancel()
+
+
+async def test_over_tcp_a_node_that_is_stuck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "ACCEPTED_S", 0.05)
+    monkeypatch.setattr(endpoint, "PROBE_S", 0.05)
+    path = tmp_path / "control.tcp"
+    with open_door(path, "tcp"):  # it listens, as a stopped process does, but never answers
+        assert is_anybody_there(path)
+        with pytest.raises(Offline, match="has not answered"), trio.fail_after(5):
+            await ask(path, "count", {"to": 1})
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"port": 0, "client": "a", "node": "b"}', b'{"port": 70000'])
+async def test_over_tcp_a_file_that_no_node_wrote(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "control.tcp"
+    path.write_bytes(content)
+    assert not is_anybody_there(path)
+    with pytest.raises(Offline, match="another program"):
+        await ask(path, "count", {"to": 1})
+    async with serving(path):  # what was left there is replaced
+        assert len(await ask(path, "count", {"to": 1})) == 2

@@ -56,6 +56,7 @@ class Driver:
         self.done: dict[PeerId, list[Effect]] = {}
         self.sent = 0
         self.loss = 0.0  # share of requests that get no answer
+        self.is_checking = True  # invariants, after each event; most of the time of a large swarm
         self._queue: deque[tuple[PeerId, SendRequest]] = deque()
 
     def add(self, n: int, seed: Contact | None = None, *, reachable: bool = True) -> Kademlia:
@@ -78,7 +79,8 @@ class Driver:
                 continue
             event = self._exchange(asker, request)
             self._take(asker, self.nodes[asker].handle(event, self.now))
-            self.nodes[asker].validate()
+            if self.is_checking:
+                self.nodes[asker].validate()
 
     def tick(self, seconds: float) -> None:
         self.now += seconds
@@ -127,7 +129,8 @@ class Driver:
         message = msgspec.msgpack.decode(wire, type=messages.Request)
         event = RequestReceived(request_id=7, peer=asker, contact=contact, message=message)  # type: ignore[arg-type]
         replies = node.handle(event, self.now)
-        node.validate()
+        if self.is_checking:
+            node.validate()
         (reply,) = replies
         assert isinstance(reply, Reply) and reply.request_id == 7
         # Through the codec: what a machine says must be within the caps of the wire.

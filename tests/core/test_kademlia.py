@@ -7,7 +7,7 @@ import hashlib
 import pytest
 from swarm_driver import NOW, SWARM, Driver, make_contact, make_key, make_peer
 
-from daaswarm.core.kademlia import PROBE_FAILING_S, REPUBLISH_S, RESEED_S, SEED_S
+from daaswarm.core.kademlia import PROBE_FAILING_S, RESEED_S, SEED_S
 from daaswarm.core.kademlia_events import (
     LookupDone,
     Misbehaved,
@@ -16,7 +16,8 @@ from daaswarm.core.kademlia_events import (
     RequestReceived,
     SendRequest,
 )
-from daaswarm.core.lookup import ALPHA, REQUESTS
+from daaswarm.core.lookup import ALPHA, PATHS, REQUESTS
+from daaswarm.core.publishing import REPUBLISH_S
 from daaswarm.core.record_store import POINTER_KIND, RecordStore
 from daaswarm.core.routing_table import compute_distance, get_node_id
 from daaswarm.core.signing import MAX_TTL_S, seal
@@ -42,17 +43,18 @@ def build(n: int, seed: int = 0) -> Driver:
 
 def test_fifty_nodes_from_one_bootstrap_find_all_publishers_and_survive_losses() -> None:
     driver = build(50)
+    driver.is_checking = False  # what follows are tens of thousands of events; the upkeep below is checked
     publishers = [make_peer(i) for i in (3, 17, 42)]
     for peer in publishers:
         done = driver.publish(driver.nodes[peer], KEY)
-        assert done.stored == done.asked == 20
+        assert 20 < done.stored == done.asked <= 40  # near the key, and half as many near two other places
     for node in driver.nodes.values():
         found = driver.lookup(node, KEY)
         assert sorted(r.peer_id for r in found.records) == sorted(publishers)
         assert all(
             r.addrs == make_contact(i).addrs for i in (3, 17, 42) for r in found.records if r.peer_id == make_peer(i)
         )
-        # The nearest nodes of the whole swarm, in order.
+        found = driver.lookup(node, KEY, "nodes")  # the nearest of the whole swarm, in order
         others = [p for p in driver.nodes if p != node.peer_id]
         nearest = sorted(others, key=lambda p: compute_distance(get_node_id(p), KEY))
         assert [c.peer_id for c in found.contacts] == nearest[:20]
@@ -192,7 +194,7 @@ def test_replies_to_an_older_round_do_not_count() -> None:
     stored = [node.handle(ReplyReceived(rpc_id=e.rpc_id, message=Stored()), driver.now) for e in (*old, new[0])]
     assert stored == [[], [], []]
     refused = ReplyReceived(rpc_id=new[1].rpc_id, message=Stored(refused={0: "full"}))
-    assert node.handle(refused, driver.now) == [PublishDone(key=KEY, stored=1, asked=2)]
+    assert node.handle(refused, driver.now) == [PublishDone(key=KEY, stored=1, asked=2, refused={"full": 1})]
 
 
 def test_a_node_whose_store_is_full_still_publishes() -> None:
@@ -234,11 +236,12 @@ def test_silent_contacts_are_probed_and_evicted() -> None:
     assert make_peer(3) not in node.table
 
 
-def test_at_most_alpha_requests_are_out_at_once() -> None:
+def test_at_most_alpha_requests_are_out_at_once_on_each_path() -> None:
     driver = build(12)
     node = driver.nodes[make_peer(2)]
     effects = node.start_lookup("x", KEY, driver.now)
-    assert len(effects) == ALPHA and all(isinstance(e, SendRequest) for e in effects)
+    assert len(effects) == PATHS * ALPHA and all(isinstance(e, SendRequest) for e in effects)
+    assert len({e.contact.peer_id for e in effects if isinstance(e, SendRequest)}) == len(effects), "paths share none"
     assert all(e.deadline_s > 0 and e.message == FindNode(target=KEY) for e in effects if isinstance(e, SendRequest))
     with pytest.raises(LocalProtocolError):
         node.start_lookup("x", KEY, driver.now)
@@ -312,7 +315,11 @@ def test_expired_and_immortal_records_are_dropped_without_blame() -> None:
     driver = build(4)
     asker = driver.nodes[make_peer(4)]
     lies = [make_pointer(30, ttl_s=-1), make_pointer(31, ttl_s=MAX_TTL_S + 120), make_pointer(32, ttl_s=float("nan"))]
-    driver.hostile[make_peer(3)] = lambda request: Found(records=[*lies, make_pointer(33)])
+
+    def lie(request: SendRequest) -> Found | Stored:
+        return Stored() if isinstance(request.message, Store) else Found(records=[*lies, make_pointer(33)])
+
+    driver.hostile[make_peer(3)] = lie
     assert [r.peer_id for r in driver.lookup(asker, KEY).records] == [make_peer(33)]
     assert not driver.misbehaved(asker)
 

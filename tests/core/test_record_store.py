@@ -123,3 +123,21 @@ def test_each_refusal_says_why() -> None:
         store.put(make(3, KEYS[2], 1, NOW + 60), NOW)
     assert next(signed for _, signed in store.get(KEYS[0], NOW)) == good
     assert store.get(KEYS[0], NOW + 60) == []
+
+
+def test_one_peer_brings_so_many_records_of_whichever_signers() -> None:
+    store = RecordStore(SWARM, records_per_giver=2)
+    store.put(make(1, KEYS[0], 1, NOW + 60), NOW, make_peer(9))
+    store.put(make(2, KEYS[0], 1, NOW + 30), NOW, make_peer(9))
+    with pytest.raises(RemoteProtocolError, match="you brought 2 records") as caught:
+        store.put(make(3, KEYS[0], 1, NOW + 60), NOW, make_peer(9))
+    assert not caught.value.reject and len(caught.value.message) <= 64
+    store.put(make(1, KEYS[0], 2, NOW + 60), NOW, make_peer(9))  # a newer one takes no more room
+    store.put(make(3, KEYS[0], 1, NOW + 60), NOW, make_peer(8))
+    store.put(make(4, KEYS[0], 1, NOW + 60), NOW)  # this node's own
+    store.validate()
+    store.tick(NOW + 30)
+    store.validate()
+    store.put(make(5, KEYS[1], 1, NOW + 60), NOW + 30, make_peer(9))
+    assert store.get_keys() == KEYS[:2]
+    store.validate()

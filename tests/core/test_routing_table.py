@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from swarm_driver import NOW, make_contact, make_peer
 
-from daaswarm.core.routing_table import MAX_FAILURES, RoutingTable, compute_distance, get_node_id
+from daaswarm.core.routing_table import (
+    MAX_FAILURES,
+    PER_SUBNET,
+    PER_SUBNET_BUCKET,
+    RoutingTable,
+    compute_distance,
+    get_node_id,
+)
+from daaswarm.messages import Contact
 from daaswarm.types import PeerId
 
 OWN = make_peer(0)
@@ -51,7 +59,10 @@ class TableMachine(RuleBasedStateMachine):
         target = get_node_id(CONTACTS[n].peer_id)
         found = [c.peer_id for c in self.table.closest(target, count)]
         healthy = [p for p in self.seen if p in self.table and not self.seen[p]]  # type: ignore[operator]
-        assert found == sorted(healthy, key=lambda p: compute_distance(get_node_id(p), target))[:count]
+        nearest = sorted(healthy, key=lambda p: compute_distance(get_node_id(p), target))
+        assert found == nearest[:count]
+        for passed in nearest[:1]:
+            assert [c.peer_id for c in self.table.closest(target, count, passed)] == nearest[1 : count + 1]
 
     @invariant()
     def holds_only_the_seen(self) -> None:
@@ -141,3 +152,70 @@ def test_stale_targets_fall_into_their_buckets() -> None:
         table.note_refreshed(target, NOW)
     assert table.get_stale_targets(NOW, 100, rng) == [], "each target was in a bucket of its own"
     assert len(table.get_stale_targets(NOW + 1, 2, rng)) == 2
+
+
+def at(n: int, *addrs: str) -> Contact:
+    return Contact(peer_id=make_peer(n), addrs=list(addrs))
+
+
+def test_few_contacts_of_one_public_network_are_taken() -> None:
+    table = RoutingTable(OWN)
+    taken = [table.note_seen(at(n, f"/ip4/8.8.8.{n % 250}/tcp/1"), NOW) for n in range(1, 400)]
+    table.validate()
+    assert len(table) == sum(taken) <= PER_SUBNET
+    others = [table.note_seen(at(n, f"/ip4/9.9.{n % 250}.1/tcp/1"), NOW) for n in range(400, 430)]
+    assert all(others)
+    assert not table.note_seen(at(500, "/ip4/9.1.1.1/tcp/1", "/ip4/8.8.8.8/tcp/1"), NOW), "each address counts"
+    table.validate()
+
+
+def test_a_bucket_takes_fewer_and_gives_the_place_back() -> None:
+    table = RoutingTable(OWN)
+    contacts = [at(n, "/ip4/8.8.8.8/tcp/1") for n in range(1, PER_SUBNET_BUCKET + 2)]
+    assert [table.note_seen(c, NOW) for c in contacts] == [True] * PER_SUBNET_BUCKET + [False]
+    for _ in range(MAX_FAILURES):
+        table.note_failed(PeerId(contacts[0].peer_id), NOW)
+    table.validate()
+    assert table.note_seen(contacts[-1], NOW)
+    # Whoever moves into a full network goes; whoever moves out of it makes room.
+    assert table.note_seen(at(60, "/ip4/9.9.9.9/tcp/1"), NOW)
+    assert not table.note_seen(at(60, "/ip4/8.8.8.8/tcp/1"), NOW)
+    assert make_peer(60) not in table
+    assert table.note_seen(at(2, "/ip4/9.9.9.9/tcp/1"), NOW)
+    assert table.note_seen(at(60, "/ip4/8.8.8.8/tcp/1"), NOW)
+    table.validate()
+
+
+def test_spares_count_for_their_network_too() -> None:
+    table = RoutingTable(OWN, K)
+    far = [n for n in range(1, 200) if compute_distance(get_node_id(OWN), get_node_id(make_peer(n))) >> 255]
+    near = [n for n in range(1, 200) if n not in far]
+    for n in near[: K + 1] + far[:K]:
+        table.note_seen(make_contact(n), NOW)
+    for n in far[K:]:
+        table.note_seen(at(n, "/ip4/8.8.8.8/tcp/1"), NOW)
+    table.validate()
+    table.note_failed(make_peer(far[0]), NOW)
+    table.note_failed(make_peer(far[1]), NOW)
+    assert [n for n in far if make_peer(n) in table] == [*far[2:K], *far[K : K + PER_SUBNET_BUCKET]]
+    table.validate()
+
+
+def test_private_networks_and_swarms_of_friends_are_not_limited() -> None:
+    for limit, address in ((True, "/ip4/10.0.0.{}/tcp/1"), (False, "/ip4/8.8.8.{}/tcp/1")):
+        table = RoutingTable(OWN, limit_subnets=limit)
+        assert all(table.note_seen(at(n, address.format(n)), NOW) for n in range(1, 20))
+        table.validate()
+
+
+def test_what_is_exported_comes_from_all_distances_and_is_healthy() -> None:
+    table = RoutingTable(OWN, K)
+    for n in range(1, 64):
+        table.note_seen(make_contact(n), NOW + n)
+    table.note_failed(PeerId(table.closest(get_node_id(OWN), 1)[0].peer_id), NOW)
+    failing = [e.contact for e in table.get_entries() if e.failures]
+    exported = table.export(6)
+    assert len(exported) == 6 and not [c for c in exported if c in failing]
+    prefixes = {compute_distance(get_node_id(c.peer_id), get_node_id(OWN)).bit_length() for c in exported}
+    assert len(prefixes) >= 4
+    assert len(table.export(1000)) == len(table) - len(failing)

@@ -96,6 +96,8 @@ def get_result_keys(module: str, function: str) -> set[str]:
         ("inference/requester", "describe"),
         ("node/coordinator", "get_status"),
         ("node/coordinator", "serve"),
+        ("node/coordinator", "describe_islands"),
+        ("node/planning", "describe_estimate"),
         ("node/hosting", "describe"),
         ("node/hosting", "serve"),
         ("node/answering", "answer"),

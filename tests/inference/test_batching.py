@@ -330,6 +330,51 @@ def test_long_prompts_take_turns(model: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert max(s.first_token_at or 0 for s in (made[1], made[3])) < (made[2].first_token_at or 0)
 
 
+def test_each_long_prompt_has_its_turn(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "PREFILL_TOKENS", 16)
+    batch = make_batch(model)
+    start(batch, model, make_ids(3), max_tokens=1)
+    batch.work()
+    read: list[int] = []
+    run = batch._pass
+
+    def note(first: int, counts: list[int]) -> Any:
+        if sum(counts) > len(counts):
+            read.extend(batch._rows[first + i].number for i in range(len(counts)))
+        return run(first, counts)
+
+    monkeypatch.setattr(batch, "_pass", note)
+    lengths = [150, 8, 151, 152]
+    made = [start(batch, model, make_ids(length, length)) for length in lengths]
+    finish(batch)
+    assert sorted(read[:4]) == [1, 2, 3, 4]
+    long = [number for number in read if number != 2][:24]
+    for turn in range(3, len(long) + 1, 3):  # never more than a turn apart
+        counts = [long[:turn].count(number) for number in (1, 3, 4)]
+        assert max(counts) - min(counts) <= 1
+    for sequence, length in zip(made, lengths, strict=True):
+        assert sequence.token_ids == get_reference(model, make_ids(length, length))
+
+
+def test_small_prompts_do_not_hold_answers_up(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = make_batch(model)
+    passes: list[bool] = []  # whether it was decoding
+    run = batch._pass
+    left = iter(range(30))
+
+    def note(first: int, counts: list[int]) -> Any:
+        passes.append(first == 0 and batch._decoding > 0)
+        if next(left, None) is not None:  # one comes during each pass
+            start(batch, model, make_ids(6, len(passes)), max_tokens=1)
+        return run(first, counts)
+
+    monkeypatch.setattr(batch, "_pass", note)
+    start(batch, model, make_ids(9), max_tokens=20)
+    finish(batch)
+    pauses = "".join("d" if decoding else "p" for decoding in passes).split("d")
+    assert max(map(len, pauses)) <= batching.PREFILL_PASSES
+
+
 class TestMemory:
     """Keys and values of all rows stay within a bound."""
 
@@ -365,6 +410,38 @@ class TestMemory:
             assert sequence.reused_tokens == 0
         alone = 2 * (max(lengths) + 40) * limit // tokens  # one answer may always run, with room to grow
         assert max(sizes) <= max(limit, alone)
+
+    def test_near_the_bound_rows_are_not_copied_for_each_token(
+        self, model: Any, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        heads, width = model.config.num_key_value_heads, model.config.head_dim
+        monkeypatch.setattr(batching, "CACHE_BYTES", 4 * 120 * 2 * 2 * heads * width * 4)  # four rows of 120 tokens
+        batch = make_batch(model)
+        for seed in range(4):
+            start(batch, model, make_ids(5, seed), max_tokens=100)
+        finish(batch)
+        assert len({size for size in sizes if size}) < 10
+
+    def test_a_cancel_while_an_answer_is_sent_back(
+        self, model: Any, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        heads, width = model.config.num_key_value_heads, model.config.head_dim
+        monkeypatch.setattr(batching, "CACHE_BYTES", 3 * 40 * 2 * 2 * heads * width * 4)
+        batch = make_batch(model)
+        remove, sent = batch._remove, []
+
+        def cancel_too(row: int) -> None:
+            place = batch._rows[row]
+            if place.was_sent_back and not sent:
+                sent.append(place.sequence)
+                batch.cancel(place.sequence)
+            remove(row)
+
+        monkeypatch.setattr(batch, "_remove", cancel_too)
+        made = [start(batch, model, make_ids(9, seed), max_tokens=60) for seed in range(3)]
+        finish(batch)
+        assert len(sent) == 1 and isinstance(sent[0].error, Stopped)
+        assert [s.error for s in made if s is not sent[0]] == [None, None]
 
     def test_the_room_of_a_long_answer_goes_back_when_it_ends(self, model: Any, sizes: list[int]) -> None:
         batch = make_batch(model)

@@ -184,12 +184,17 @@ async def test_without_a_replica_the_missing_layers_are_named(moe_model: LocalMo
 
 async def test_a_host_that_came_later_is_found(moe_model: LocalModel) -> None:
     async with open_swarm(moe_model, all_of(moe_model), all_of(moe_model)) as swarm:
-        experts = swarm.make_experts(plan=swarm.make_plan(swarm.hosts[:1]), refreshed=swarm.make_plan(swarm.hosts[1:]))
+        gone: list[str] = []
+        experts = swarm.make_experts(
+            plan=swarm.make_plan(swarm.hosts[:1]), refreshed=swarm.make_plan(swarm.hosts[1:]), note_gone=gone.append
+        )
         inputs = make_inputs(moe_model, 3)
         await compute(experts, 0, inputs)
+        assert not gone
         swarm.kill(swarm.hosts[0])
         assert_same(await compute(experts, 1, inputs), compute_here(moe_model, 1, inputs))
         assert swarm.refreshes == 1 and len(experts.hosts) == 2
+        assert set(gone) == {swarm.hosts[0].pool.peer_id}  # so that nobody else of this node waits for it
 
 
 def lie_about_rows(host: Host, call: ExpertCall) -> tuple[Reply, Sequence[Any]]:
@@ -588,9 +593,9 @@ async def test_after_a_failure_the_router_is_told_so(moe_model: LocalModel, monk
         retries: list[bool] = []
         choose = experts._router.choose
 
-        def record(*args: Any, is_retry: bool) -> Any:
+        def record(*args: Any, is_retry: bool, **others: Any) -> Any:
             retries.append(is_retry)
-            return choose(*args, is_retry=is_retry)
+            return choose(*args, is_retry=is_retry, **others)
 
         monkeypatch.setattr(experts._router, "choose", record)
         with pytest.raises(NoPeerCouldServe):

@@ -143,7 +143,7 @@ async def test_calls_that_are_cancelled_at_once_are_capped_like_others():
         assert budget.calls == 10
         finish.set()
         await trio.testing.wait_all_tasks_blocked()
-    assert running == budget.calls == 0 and not connection._scopes
+    assert running == budget.calls == 0 and connection._serving.tasks == 0
 
 
 async def test_a_cancelled_call_counts_until_its_work_has_ended():

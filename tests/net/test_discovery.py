@@ -16,8 +16,9 @@ from daaswarm.core.adverts import ADVERT_KIND
 from daaswarm.core.kademlia_events import LookupDone
 from daaswarm.core.signing import MAX_TTL_S, seal
 from daaswarm.errors import Unreachable
-from daaswarm.messages import Advert, Adverts, Contact, Found, GetAdverts, Pointer, Pong, Signed
+from daaswarm.messages import Advert, Adverts, Contact, Found, GetAdverts, Pointer, Pong, Signed, Spreading
 from daaswarm.net import discovery as discovery_module
+from daaswarm.net import finding
 from daaswarm.net.discovery import Discovery
 from daaswarm.net.memory import MemoryHub
 from daaswarm.net.pool import ConnectionPool
@@ -38,6 +39,8 @@ class Node:
     async def handle(self, peer: Any, contact: Any, message: Any, body: Any, deadline_s: float) -> Any:
         if self.lies is not None and isinstance(message, GetAdverts):
             return self.lies, ()
+        if isinstance(message, Spreading):
+            return await self.discovery.spreader.answer(peer, contact, message), ()
         return self.discovery.answer(peer, contact, message), ()
 
     @property
@@ -91,6 +94,12 @@ def make_advert(number: int, **changes: Any) -> Signed:
         "expires_at": time.time() + 60,
     }
     return seal(Advert(**{**fields, **changes}), ADVERT_KIND, identity.key, SWARM)
+
+
+def point_to(node: Node) -> None:
+    """The DHT says that a node serves the model; what that node says is its own affair."""
+    discovery = node.discovery
+    discovery._apply(discovery.kademlia.publish(bytes.fromhex(ROOT), time.time()))
 
 
 async def test_what_is_published_is_found() -> None:
@@ -162,7 +171,7 @@ async def test_a_node_alone() -> None:
 async def test_hostile_adverts_are_ignored() -> None:
     async with open_nodes(4) as (_, nodes):
         liar, honest, asker = nodes[1:]
-        liar.discovery.advertise(ROOT, "m", "moe", {0: [1]}, "f32")
+        point_to(liar)
         honest.discovery.advertise(ROOT, "m", "moe", HELD, "f32")
         await settle()
         own = make_advert(2)
@@ -189,7 +198,7 @@ async def test_hostile_adverts_are_ignored() -> None:
 async def test_adverts_that_were_not_asked_for_are_not_kept() -> None:
     async with open_nodes(4) as (_, nodes):
         liar, honest, asker = nodes[1:]
-        liar.discovery.advertise(ROOT, "m", "moe", HELD, "f32")
+        point_to(liar)
         honest.discovery.advertise(ROOT, "m", "moe", HELD, "f32")
         await settle()
         others = [make_advert(number) for number in range(100, 150)]  # good ones, of peers nobody asked
@@ -204,8 +213,8 @@ async def test_adverts_that_were_not_asked_for_are_not_kept() -> None:
 async def test_a_flood_of_pointers_costs_a_bounded_time_and_number_of_dials(
     monkeypatch: pytest.MonkeyPatch, autojump_clock: Any
 ) -> None:
-    monkeypatch.setattr(discovery_module, "ASKED", 40)
-    monkeypatch.setattr(discovery_module, "ASKED_AT_ONCE", 4)
+    monkeypatch.setattr(finding, "ASKED", 40)
+    monkeypatch.setattr(finding, "ASKED_AT_ONCE", 4)
     async with open_nodes(3) as (_, nodes):
         host, asker = nodes[1:]
         host.discovery.advertise(ROOT, "m", "moe", HELD, "f32")
@@ -223,20 +232,21 @@ async def test_a_flood_of_pointers_costs_a_bounded_time_and_number_of_dials(
         real = asker.pool.call
 
         async def call(contact: Contact, *args: Any, **options: Any) -> Any:
-            asked.append(contact.peer_id)
+            if isinstance(args[0], GetAdverts):
+                asked.append(contact.peer_id)
             if contact.peer_id == host.peer_id:
                 return await real(contact, *args, **options)
             await trio.sleep(options["deadline_s"])  # dead
             raise Unreachable("dead")
 
-        monkeypatch.setattr(asker.discovery, "lookup", look_up)
+        monkeypatch.setattr(asker.discovery.finder, "_look_up", look_up)
         monkeypatch.setattr(asker.pool, "call", call)
         begin = trio.current_time()
         assert await asker.find() == {host.peer_id: HELD}  # it's connected, so it's asked first
-        assert trio.current_time() - begin <= discovery_module.ASKING_S
+        assert trio.current_time() - begin <= finding.ASKING_S
         assert host.peer_id in asked[:4] and len(asked) <= 40
         asked.clear()
-        monkeypatch.setattr(discovery_module, "ASKED_AT_ONCE", 1000)
+        monkeypatch.setattr(finding, "ASKED_AT_ONCE", 1000)
         await asker.find()
         assert len(asked) == 40
 

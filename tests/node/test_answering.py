@@ -16,13 +16,14 @@ from daaswarm.inference.plan import HostPlan
 from daaswarm.inference.preflight import check_prompt
 from daaswarm.messages import Advert, Signed
 from daaswarm.models.sources import LocalModel, find_model
+from daaswarm.net.links import SharedLinks
 from daaswarm.node.answering import Answering
 
 PEERS = {
     "f32": "12D3KooWH3uVF6wv47WnArKHk5p6cvgCJEb74UTmxztmQDc298L3",
     "bf16": "12D3KooWCUqSPNf2A9ypw1L56Z79FPbn6A5vwswZTLeYN44fy5bU",
 }
-PARAMS: dict[str, Any] = {"prompt": "Hi", "system": None, "raw": False, "dtype": None}
+PARAMS: dict[str, Any] = {"prompt": "Hi", "system": None, "raw": False, "dtype": None, "force": True}
 
 
 @pytest.fixture
@@ -47,7 +48,11 @@ class FailingAnswering(Answering):
             async def find_adverts(self, root: str) -> list[Known]:
                 return known
 
-        super().__init__(Config(), None, Discovery(), None, None)  # type: ignore[arg-type]
+        class Network:
+            peer_id = "me"
+            links = SharedLinks()
+
+        super().__init__(Config(), Network(), Discovery(), None, None)  # type: ignore[arg-type]
         self.failing, self.text = failing, text
         self.asked: list[str] = []
 

@@ -163,7 +163,7 @@ async def test_a_removal_while_the_node_reads(
             await trio.testing.wait_all_tasks_blocked()
             go_on.set()
         assert await list_experts(a) == [] and await get_stored(a) == []
-        assert a.hosting.used_bytes == 0 and a.discovery._own == {}
+        assert a.hosting.used_bytes == 0 and list(a.discovery.membership.own) == []
 
 
 async def test_a_deploy_while_the_node_reads(

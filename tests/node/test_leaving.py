@@ -42,7 +42,7 @@ async def test_calls_in_flight_are_answered_when_the_node_leaves(tmp_path: Path)
                     await trio.sleep(0.01)
                 with pytest.raises(Busy, match="leaving"):
                     await b.network.call(contact, call, [body], deadline_s=20.0)
-                while a.discovery._own:  # noqa: ASYNC110 - withdrawn while the call still runs
+                while list(a.discovery.membership.own):  # noqa: ASYNC110 - withdrawn while the call still runs
                     await trio.sleep(0.01)
                 assert not answers
                 assert layer.gate is not None

@@ -26,7 +26,7 @@ async def test_experts_come_and_go_and_outlive_the_node(moe: Path, tmp_path: Pat
         assert more["added"] == {"1": [4, 5], "2": [2, 3, 4, 5]}
         again = await deploy(a, moe, layers="1", experts="2-5")
         assert again["added"] == {} and "already" in again["lines"][0]
-        assert a.discovery.book is not None and a.discovery._own[first["model_root"]].held.keys() == {0, 1, 2}
+        assert a.discovery.membership.own.get(first["model_root"]).held.keys() == {0, 1, 2}
         gone = await remove(a, moe.name, layers="1,2", experts="0-3")
         assert gone["removed"] == {"1": [0, 1, 2, 3], "2": [2, 3]}
         assert await get_held(a) == {"0": [0, 1, 2, 3], "1": [4, 5], "2": [4, 5]}
@@ -35,7 +35,7 @@ async def test_experts_come_and_go_and_outlive_the_node(moe: Path, tmp_path: Pat
         assert await get_held(a) == {"0": [0, 1, 2, 3], "1": [4, 5], "2": [4, 5]}
         assert any(event.get("text", "").startswith("serving tiny") for event in events)
         await remove(a, first["model_root"][:12])
-        assert await get_held(a) == {} and first["model_root"] not in a.discovery._own
+        assert await get_held(a) == {} and first["model_root"] not in a.discovery.membership.own
     async with node(tmp_path / "a") as a:
         await a.operating.deploying.restore(emit)
         assert await get_held(a) == {}

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from daaswarm import __version__
-from daaswarm.config import Config
+from daaswarm.config import Config, NetworkConfig
 from daaswarm.errors import ConfigError, ExpertError, unwrap_groups
 from daaswarm.messages import ExpertCall, ExpertReply
 from daaswarm.node.life import open_node, run_node
@@ -39,7 +39,7 @@ async def test_the_swarm_is_found_again_without_a_bootstrap_address(tmp_path: Pa
             (seed,) = await b.memory.recall()
             assert seed == a.network.contact
             assert [known.advert.peer_id for known in b.discovery.book.get_adverts(ROOT, 0.0)] == [a.peer_id]
-            b.discovery.join([seed])
+            b.discovery.restore([seed])
             with trio.fail_after(10):
                 await b.discovery.lookup(bytes(32), "nodes")
                 assert b.network.is_connected(a.peer_id)
@@ -128,7 +128,7 @@ async def test_one_answer_leaves_the_peers_alone(tmp_path: Path) -> None:
     database.close()
 
 
-async def run_until_ready(folder: Path) -> list[PeerId]:
+async def run_until_ready(folder: Path, *bootstrap: str) -> list[PeerId]:
     """``join`` on a folder; the peer that was ready."""
     ready: list[PeerId] = []
 
@@ -136,7 +136,7 @@ async def run_until_ready(folder: Path) -> list[PeerId]:
         ready.append(event["peer_id"])
         nursery.cancel_scope.cancel()
 
-    config = Config()
+    config = Config(network=NetworkConfig(bootstrap=list(bootstrap)))
     async with trio.open_nursery() as nursery:
         await run_node(DataDir(folder), config, emit)
     return ready
@@ -168,3 +168,15 @@ async def test_a_damaged_database_does_not(tmp_path: Path, caplog: pytest.LogCap
     assert await run_until_ready(tmp_path)
     assert "is kept as node.db.corrupt-" in caplog.text
     assert [file.read_bytes() for file in tmp_path.glob("*.corrupt-*")] == [b"garbage" * 1000]
+
+
+async def test_a_restart_needs_no_bootstrap_peer_that_is_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with open_owner(tmp_path / "gone") as gone:
+        address = gone.addrs[0]
+    with pytest.raises(ConfigError, match="no bootstrap address"), unwrap_groups():
+        await run_until_ready(tmp_path / "b", address)
+    async with open_owner(tmp_path / "a") as a:
+        async with open_owner(tmp_path / "b") as b:
+            await b.bootstrap([a.addrs[0]])
+        (peer,) = await run_until_ready(tmp_path / "b", address)
+        assert peer == b.peer_id and "peers of an earlier run are there" in caplog.text

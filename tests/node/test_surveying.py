@@ -13,7 +13,7 @@ from daaswarm.errors import NoPeerCouldServe
 from daaswarm.inference.plan import make_plan
 from daaswarm.models.default import ROOT
 from daaswarm.models.sources import DEFAULT_MODEL, KnownModel, find_model
-from daaswarm.net.discovery import Discovery
+from daaswarm.net.finding import Finder
 from daaswarm.node import coordinator, surveying
 from tests.node.node_helpers import deploy, emit, node
 
@@ -21,7 +21,7 @@ from tests.node.node_helpers import deploy, emit, node
 async def test_who_serves_what_and_is_it_right(moe: Path, tmp_path: Path) -> None:
     async with node(tmp_path / "a") as a, node(tmp_path / "b", bootstrap=a) as b:
         root = (await deploy(a, moe, layers="0-1"))["model_root"]
-        ask = {"model": None, "bootstrap": []}
+        ask = {"model": None, "tag": None, "bootstrap": []}
         (host,) = (await b.control("available", ask, emit))["hosts"]
         assert (host["peer_id"], host["model_root"], host["paused"]) == (a.peer_id, root, False)
         assert host["held"] == {"0": list(range(8)), "1": list(range(8))} and host["addrs"] == a.addrs
@@ -69,22 +69,35 @@ async def test_requesters_leave_a_paused_host_out_where_there_are_others(moe: Pa
         assert not any(k.advert.paused for k in known)
 
 
+async def test_hosts_with_a_tag_are_found_where_the_dht_has_no_key_for_it(moe: Path, tmp_path: Path) -> None:
+    opened = node(tmp_path / "a", tags=["Code", "german"])
+    async with opened as a, node(tmp_path / "b", bootstrap=a) as b, node(tmp_path / "c", bootstrap=b) as c:
+        await deploy(a, moe, layers="0")
+        await deploy(b, moe, layers="1")
+        a.discovery.spreader.get_load = lambda: 3.0
+        ask = {"model": None, "tag": "code", "bootstrap": []}
+        (host,) = (await c.control("available", ask, emit))["hosts"]
+        assert (host["peer_id"], host["tags"], host["load"], host["price"]) == (a.peer_id, ["Code", "german"], 3.0, 0.0)
+        with pytest.raises(NoPeerCouldServe, match="nobody in the swarm serves a model with the tag poetry"):
+            await c.control("available", {**ask, "tag": "poetry"}, emit)
+
+
 async def test_hosts_of_own_models_are_found_through_the_swarm(
     moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where the swarm is so large that this node knows none of them."""
     root = find_model(str(moe), tmp_path / "cache").root
 
-    async def find_nothing(self: Discovery) -> list[Known]:
+    async def find_nothing(self: Finder, **what: object) -> list[Known]:
         return []
 
-    monkeypatch.setattr(Discovery, "find_all_adverts", find_nothing)
+    monkeypatch.setattr(Finder, "find_all", find_nothing)
     monkeypatch.setattr(surveying, "list_models", lambda cache: [KnownModel("tiny", moe, root)])
     async with node(tmp_path / "a") as a, node(tmp_path / "b", bootstrap=a) as b:
         await deploy(a, moe, layers="0")
-        (host,) = (await b.control("available", {"model": None, "bootstrap": []}, emit))["hosts"]
+        (host,) = (await b.control("available", {"model": None, "tag": None, "bootstrap": []}, emit))["hosts"]
         assert (host["peer_id"], host["model_root"]) == (a.peer_id, root)
-        (host,) = (await a.control("available", {"model": None, "bootstrap": []}, emit))["hosts"]
+        (host,) = (await a.control("available", {"model": None, "tag": None, "bootstrap": []}, emit))["hosts"]
         assert host["self"]
 
 
@@ -105,5 +118,5 @@ async def test_the_disk_is_not_read_on_the_loop(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(surveying, "list_models", look)
     async with node(tmp_path / "a") as a:
         assert (await a.control("status", {}, emit))["models"] == []
-        assert (await a.control("available", {"model": None, "bootstrap": []}, emit))["hosts"] == []
+        assert (await a.control("available", {"model": None, "tag": None, "bootstrap": []}, emit))["hosts"] == []
     assert len(threads) == 2 and threading.main_thread() not in threads

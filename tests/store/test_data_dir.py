@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from daaswarm.errors import ConfigError
-from daaswarm.store.data_dir import SOCKET_PATH_BYTES, DataDir
+from daaswarm.store.data_dir import DataDir
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_a_folder_that_can_not_be_written(data_dir: DataDir, monkeypatch: pytest
         raise PermissionError(13, "Permission denied")
 
     data_dir.create()
-    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    monkeypatch.setattr("daaswarm.store.data_dir.create_private", refuse)
     with pytest.raises(ConfigError, match=r"identity\.key can't be written: Permission denied"):
         data_dir.load_key()
     data_dir.lock_path.mkdir()  # stands for a lock file that can't be opened
@@ -97,16 +97,3 @@ def test_the_lock_is_released_on_error(data_dir: DataDir) -> None:
         raise ZeroDivisionError
     with data_dir.lock():
         pass
-
-
-def test_a_long_path_gets_a_short_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert DataDir(Path("/n")).socket_path == Path("/n/control.sock")
-    long, other = DataDir(tmp_path / ("x" * 120)), DataDir(tmp_path / ("y" * 120))
-    path = long.socket_path
-    assert len(os.fsencode(path)) <= SOCKET_PATH_BYTES or len(str(tmp_path)) > 50
-    assert path == long.socket_path != other.socket_path
-    assert get_mode(path.parent) == 0o700
-    path.parent.chmod(0o777)
-    with pytest.raises(ConfigError, match="not a private folder"):
-        _ = long.socket_path
