@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test check format bench parity fuzz soak kill-store clean answers
+.PHONY: help demo test check format bench parity fuzz soak kill-store clean answers bench-dht
 
 help:
 	@echo "make demo    set up, then ask a real model whose experts sit on three host processes"
@@ -18,6 +18,7 @@ help:
 	@echo "make parity  tiny models of every architecture, split beside whole; writes docs/reference/architectures.md (7 minutes)"
 	@echo "make fuzz    coverage-guided fuzzing of all that strangers' bytes reach (MINUTES=10 in all)"
 	@echo "make answers ten answers at once on one node, beside one after another"
+	@echo "make bench-dht  the DHT of 64 processes beside hivemind's (PEERS=64 ROUNDS=3); installs hivemind in .venv-hivemind"
 	@echo "make soak    a swarm under a nemesis (MINUTES=30 HOSTS=4 REQUESTERS=3 SEED=0)"
 	@echo "make kill-store  kill -9 of a node that writes, 100 times; nothing acknowledged may be lost (KILLS=100)"
 	@echo "make clean   remove the virtual environment and caches of this folder"
@@ -79,6 +80,15 @@ soak: $(VENV)/dev.stamp
 
 answers: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.answers
+
+.venv-hivemind/stamp: benchmarks/hivemind/install.sh
+	bash benchmarks/hivemind/install.sh .venv-hivemind
+	touch $@
+
+bench-dht: PEERS ?= 64
+bench-dht: ROUNDS ?= 3
+bench-dht: $(VENV)/run.stamp .venv-hivemind/stamp
+	$(BIN)/python -m benchmarks.dht_beside_hivemind --hivemind .venv-hivemind --peers $(PEERS) --rounds $(ROUNDS)
 
 kill-store: KILLS ?= 100
 kill-store: $(VENV)/dev.stamp

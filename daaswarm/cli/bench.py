@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import trio
 import typer
 
 from daaswarm.cli.host_expert import complete_models
-from daaswarm.cli.options import DataDirOption, JsonOption, open_data_dir, read_config
+from daaswarm.cli.options import BootstrapOption, DataDirOption, JsonOption, open_data_dir, read_config
 from daaswarm.cli.output import Output
 from daaswarm.cli.run import run_async, show
 from daaswarm.errors import ConfigError
@@ -113,6 +116,51 @@ def serve_expert(
     raise typer.Exit(run_async(run, config))
 
 
+@app.command("dht")
+def dht(
+    peers: Annotated[int, typer.Option("--peers", min=2, max=512, help="Processes to start, 50 MB each.")] = 16,
+    keys: Annotated[int, typer.Option("--keys", min=1, max=10_000, help="Keys to store and get.")] = 100,
+    kill: Annotated[float, typer.Option("--kill", min=0, max=0.9, help="Share of the peers to kill.")] = 0.2,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Which peers do what, and who dies.")] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Store and get over real sockets, before and after a part of the peers is killed.
+
+    Example: daaswarm bench dht --peers 64 --json
+    """
+    output = Output(as_json=as_json)
+
+    async def run(folder: DataDir, config: Any) -> dict[str, Any]:
+        from daaswarm.bench.dht import run_dht
+
+        async def emit(event: dict[str, Any]) -> None:
+            if not as_json:  # one result, one line
+                output.event(event)
+
+        return await run_dht(peers=peers, keys=keys, kill=kill, seed=seed, folder=folder.path, emit=emit)
+
+    _measure(run, None, output)
+
+
+@app.command("serve-dht", hidden=True)
+def serve_dht(
+    bootstrap: BootstrapOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """One peer of ``bench dht``: a line of JSON asks, a line answers, until standard input ends."""
+    output = Output(as_json=as_json)
+    folder = open_data_dir(data_dir)
+    config = read_config(folder, bootstrap=bootstrap)
+
+    async def run() -> None:
+        from daaswarm.bench.dht import serve
+
+        await serve(folder, config, trio.lowlevel.FdStream(os.dup(0)), partial(_show, output))
+
+    raise typer.Exit(run_async(run, config))
+
+
 def _measure(run: Any, data_dir: Path | None, output: Output) -> None:
     """Run one benchmark with an identity of its own, unless a folder was named, and show its figures."""
     result: dict[str, Any] = {}
@@ -129,8 +177,16 @@ def _measure(run: Any, data_dir: Path | None, output: Output) -> None:
         if output.as_json:
             output.json(result)
         else:
-            output.rows((name, f"{value}") for name, value in result.items())
+            output.rows((name, f"{value}") for name, value in _flatten(result))
     raise typer.Exit(code)
+
+
+def _flatten(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in result.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 async def _show(output: Output, event: dict[str, Any]) -> None:

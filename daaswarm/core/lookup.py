@@ -26,6 +26,11 @@ LOOKUP_RECORDS = 256  # distinct records a lookup collects: four full keys' wort
 HOLDERS = 4  # of the nearest that gave records let a path end early, or ...
 HOLDERS_SHARE = 0.3  # ... this share of its k nearest if those are more, ...
 QUIET = 2  # ... if the last so many of them gave nothing new
+AGREEING = (
+    3,
+    2,
+    2,
+)  # holders on each path that, if all gave the same records, end all: near one place liars feign nothing
 FALSE_WORDS = 3  # more dead contacts than live ones that a peer named: the others it named are not asked
 
 Want = Literal["nodes", "records"]
@@ -85,7 +90,19 @@ class Lookup:
         rng: chooses whom to ask among the nearest, so that nobody can be sure to be asked first.
     """
 
-    __slots__ = ("_answered", "_balance", "_own", "_rng", "_state", "hops", "paths", "records", "target", "want")
+    __slots__ = (
+        "_alpha",
+        "_answered",
+        "_balance",
+        "_own",
+        "_rng",
+        "_state",
+        "hops",
+        "paths",
+        "records",
+        "target",
+        "want",
+    )
 
     def __init__(self, target: bytes, want: Want, own: PeerId, k: int, rng: Rng) -> None:
         self.target = target
@@ -140,19 +157,13 @@ class Lookup:
         return True
 
     def take_next(self) -> list[tuple[int, Contact]]:
-        """Whom to ask now, and by which path: the nearest not yet asked, as many as :data:`ALPHA` allows."""
-        taken: list[tuple[int, Contact]] = []
-        for i, path in enumerate(self.paths):
-            if path.is_over:
-                continue
-            waiting = self._survey(path)
-            while waiting and path.in_flight < ALPHA and path.requests < REQUESTS:
-                distance = waiting.pop(self._choose(path, len(waiting)))
-                self._state[distance ^ path.goal] = _IN_FLIGHT
-                path.in_flight += 1
-                path.requests += 1
-                taken.append((i, path.known[distance].contact))
-        return taken
+        """Whom to ask now, and by which path: the nearest not yet asked, as many as :data:`ALPHA` allows. While all
+        holders agree, no more than have to."""
+        if self.want == "records" and not self._is_disputed():
+            taken = self._take([min(least - len(path.gave), ALPHA) for path, least in self._least()])
+            if taken or any(path.in_flight for path in self.paths):
+                return taken
+        return self._take([ALPHA] * len(self.paths))
 
     def note_answered(self, path: int, peer: PeerId, gave: int = 0, *, is_news: bool = False) -> None:
         """``peer`` answered on ``path``, with so many records, of which some were new or none."""
@@ -170,6 +181,9 @@ class Lookup:
         if gave:
             each.gave[distance] = gave
             each.quiet = 0 if is_news else each.quiet + 1
+            if self._is_agreed():
+                for other in self.paths:
+                    other.is_over = True
         if self.want == "records":
             if is_news and not self.hops:
                 self.hops = candidate.depth
@@ -231,6 +245,34 @@ class Lookup:
 
     # -- parts --------------------------------------------------------------------------------------------------
 
+    def _take(self, room: list[int]) -> list[tuple[int, Contact]]:
+        """``room``: for each path, how many may be in flight."""
+        taken: list[tuple[int, Contact]] = []
+        for i, path in enumerate(self.paths):
+            if path.is_over:
+                continue
+            waiting = self._survey(path)
+            while waiting and path.in_flight < room[i] and path.requests < REQUESTS:
+                distance = waiting.pop(self._choose(path, len(waiting)))
+                self._state[distance ^ path.goal] = _IN_FLIGHT
+                path.in_flight += 1
+                path.requests += 1
+                taken.append((i, path.known[distance].contact))
+        return taken
+
+    def _least(self) -> Iterable[tuple[_Path, int]]:
+        return zip(self.paths, AGREEING, strict=True)
+
+    def _is_disputed(self) -> bool:
+        """Whether somebody gave other records than somebody else, or too few on some path ever will give any."""
+        count = len(self.records)
+        if any(path.is_over and len(path.gave) < least for path, least in self._least()):
+            return True
+        return any(gave != count for path in self.paths for gave in path.gave.values())
+
+    def _is_agreed(self) -> bool:
+        return all(len(path.gave) >= least for path, least in self._least()) and not self._is_disputed()
+
     def _add(self, path: _Path, contacts: Iterable[Contact], depth: int, source: int) -> None:
         state, known, goal, order = self._state, path.known, path.goal, path.order
         for contact in contacts:
@@ -277,7 +319,9 @@ class Lookup:
         return [] if path.is_over else waiting
 
     def _choose(self, path: _Path, waiting: int) -> int:
-        if path.is_near and self.want == "records":
+        # One goes to the nearest, which leads on; the others to any of the near ones: liars can be the nearest, and not
+        # most of those.
+        if self.want == "records" and (path.is_near or path.in_flight):
             return int(self._rng.random() * waiting)
         return 0
 

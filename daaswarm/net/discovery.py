@@ -68,9 +68,12 @@ class Discovery:
         self.finder = Finder(network, notary, self.spreader, self.lookup, self.get_known)
         self._network = network
         self._waiting: dict[str, tuple[trio.Event, list[LookupDone]]] = {}
+        self._publishing: dict[bytes, tuple[trio.Event, list[PublishDone]]] = {}  # keys whose end somebody waits for
         self._lookups = 0
         self._farewells: set[int] = set()  # requests that withdraw something, not yet answered
         self._said = trio.Event()
+        self._unanswered: dict[int, tuple[float, SendRequest]] = {}  # by rpc_id: when each is late
+        self._asked = trio.Event()
         self._nursery: trio.Nursery | None = None
 
     @property
@@ -83,6 +86,7 @@ class Discovery:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             await nursery.start(self.spreader.run)
+            nursery.start_soon(self._tell_late)
             task_status.started()
             try:
                 while True:
@@ -173,6 +177,29 @@ class Discovery:
         self.spreader.perform(self.membership.advertise(advert, time.time()))
         self._apply(self.kademlia.publish(bytes.fromhex(root), time.time()))
 
+    async def wait_published(self, root: ModelRoot) -> PublishDone:
+        """How the publishing of a model that is under way ends, after :meth:`advertise` or :meth:`renew`. The caller
+        sets the deadline."""
+        done, results = self._publishing.setdefault(bytes.fromhex(root), (trio.Event(), []))
+        await done.wait()
+        return results[0]
+
+    def set_contact(self, contact: Contact) -> None:
+        """This node's addresses changed: the swarm learns it wherever it learnt the old ones."""
+        self.kademlia.set_contact(contact)
+        for root in self.membership.own:
+            advert = self.membership.own.get(root)
+            assert advert is not None
+            changed = msgspec.structs.replace(advert, addrs=contact.addrs)
+            self.spreader.perform(self.membership.change(changed, time.time()))
+        keys = [bytes.fromhex(root) for root in self.membership.own]
+        if keys:
+            self._apply(self.kademlia.publish_all(keys, time.time()))
+
+    def note_moved(self, contact: Contact) -> None:
+        """A connected peer's addresses changed."""
+        self.kademlia.table.note_seen(contact, time.time())
+
     def set_paused(self, paused: bool) -> None:
         """Whether calls are answered now. Those who follow the models learn it; the pointers stay as they are."""
         for root in self.membership.own:
@@ -240,14 +267,18 @@ class Discovery:
             elif isinstance(effect, PublishDone):
                 level = logging.INFO if effect.refused else logging.DEBUG
                 logger.log(level, "published at %d of %d, refused: %s", effect.stored, effect.asked, effect.refused)
+                done, results = self._publishing.pop(effect.key, (trio.Event(), []))
+                results.append(effect)
+                done.set()
             elif isinstance(effect, Misbehaved):
                 logger.info("%s misbehaved: %s", effect.peer, effect.reason)
 
     async def _send(self, effect: SendRequest) -> None:
         event: ReplyReceived | RequestFailed = RequestFailed(rpc_id=effect.rpc_id)
-        waiting = trio.CancelScope()
-        if effect.late_s is not None and self._nursery is not None:
-            self._nursery.start_soon(self._tell_late, effect, waiting)
+        if effect.late_s is not None:
+            self._unanswered[effect.rpc_id] = trio.current_time() + effect.late_s, effect
+            if len(self._unanswered) == 1:
+                self._asked.set()
         try:
             reply, _ = await self._network.call(effect.contact, effect.message, deadline_s=effect.deadline_s)
         except DaaswarmError as error:
@@ -255,17 +286,22 @@ class Discovery:
         else:
             if isinstance(reply, Found | Stored | Failure):
                 event = ReplyReceived(rpc_id=effect.rpc_id, message=reply)
-        waiting.cancel()
+        self._unanswered.pop(effect.rpc_id, None)
         self._farewells.discard(effect.rpc_id)
         self._said.set()
         self._handle(event, effect)
 
-    async def _tell_late(self, effect: SendRequest, waiting: trio.CancelScope) -> None:
-        """Tell the core that a request takes long, unless its answer comes first."""
-        assert effect.late_s is not None
-        with waiting:
-            await trio.sleep(effect.late_s)
-            self._handle(RequestLate(rpc_id=effect.rpc_id), effect)
+    async def _tell_late(self) -> None:
+        """Tell the core of requests that take long. One task for all: most are answered long before."""
+        while True:
+            if not self._unanswered:
+                self._asked = trio.Event()
+                await self._asked.wait()
+            rpc_id = next(iter(self._unanswered))  # all wait equally long, so the first is due first
+            due, effect = self._unanswered[rpc_id]
+            await trio.sleep_until(due)
+            if self._unanswered.pop(rpc_id, None) is not None:
+                self._handle(RequestLate(rpc_id=rpc_id), effect)
 
     def _handle(self, event: ReplyReceived | RequestFailed | RequestLate, effect: SendRequest) -> None:
         try:

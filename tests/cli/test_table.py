@@ -100,9 +100,9 @@ GROUPS = sorted({tuple(command.words[:-1]) for command in COMMANDS})
 # These need no settings, are there to mend them, or ask a node that has read them.
 WITHOUT_SETTINGS = {
     "completion show", "completion install", "config path", "logs", "reset", "bench expert", "peers list",
-    "expert deploy", "expert remove", "model list", "model remove",
+    "expert deploy", "expert remove", "model list", "model remove", "bench dht",
 }  # fmt: skip
-WITHOUT_FOLDER = {"completion show", "completion install", "bench expert", "bench parity"}
+WITHOUT_FOLDER = {"completion show", "completion install", "bench expert", "bench parity", "bench dht"}
 
 
 def for_each(wanted: Callable[[Command], bool]) -> Any:
@@ -284,6 +284,8 @@ BAD: list[tuple[list[str], list[str], int, str, str]] = [
     (["bench", "parity"], ["--dtype", "f64"], 2, "f64", "bf16"),
     (["bench", "parity"], ["--hosts", "0"], 2, "--hosts", "--help"),
     (["bench", "parity"], ["--model", "gpt-17"], 2, "gpt-17", ""),
+    (["bench", "dht"], ["--peers", "1"], 2, "--peers", "--help"),
+    (["bench", "dht"], ["--kill", "1.5"], 2, "--kill", "--help"),
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from swarm_driver import make_contact, make_peer
 
 from daaswarm.core.lookup import (
+    AGREEING,
     ALPHA,
     CANDIDATES,
     FALSE_WORDS,
@@ -171,9 +173,12 @@ def test_each_path_of_a_lookup_of_records_goes_to_a_place_of_its_own() -> None:
     for path in range(PATHS):
         lookup.start(contacts, path)
     taken = lookup.take_next()
-    assert len({c.peer_id for _, c in taken}) == len(taken) == PATHS * ALPHA
-    nearest = [make_peer(n) for n in by_distance(range(1, 200), places[1])]
-    assert [c.peer_id for path, c in taken if path == 1] == nearest[:ALPHA]
+    assert len({c.peer_id for _, c in taken}) == len(taken)
+    for path, place in enumerate(places):
+        nearest = [make_peer(n) for n in by_distance(range(1, 200), place)]
+        asked = [c.peer_id for each, c in taken if each == path]
+        assert len(asked) == min(AGREEING[path], ALPHA)
+        assert asked[0] == nearest[0] and set(asked) <= set(nearest[: lookup.paths[path].k + PATHS])
 
 
 @pytest.mark.parametrize("is_news", [False, True])
@@ -189,6 +194,33 @@ def test_a_path_ends_when_enough_of_the_nearest_gave_the_same(is_news: bool) -> 
     enough = lookup.paths[0].holders
     assert enough == 6
     assert asked == 20 if is_news else enough <= asked < enough + ALPHA
+
+
+def answer_all(lookup: Lookup, gave: dict[str, int]) -> int:
+    """Everybody answers; who isn't in ``gave`` gives one record, the first that answers a new one. Returns how many
+    were asked."""
+    asked = 0
+    while not lookup.is_done():
+        for path, contact in lookup.take_next():
+            lookup.records.setdefault(make_peer(0), cast(Any, None))
+            lookup.note_answered(path, peer_of(contact), gave=gave.get(contact.peer_id, 1), is_news=not asked)
+            asked += 1
+    return asked
+
+
+def test_a_lookup_ends_when_holders_of_all_places_agree() -> None:
+    lookup = make("records", k=20)
+    for path in range(PATHS):
+        lookup.start([make_contact(n) for n in range(1, 200)], path)
+    assert answer_all(lookup, {}) == sum(AGREEING)
+
+
+def test_one_who_gives_other_records_prolongs_it() -> None:
+    lookup = make("records", k=20)
+    for path in range(PATHS):
+        lookup.start([make_contact(n) for n in range(1, 200)], path)
+    nearest = make_peer(by_distance(range(1, 200))[0])
+    assert answer_all(lookup, {nearest: 2}) >= sum(path.holders for path in lookup.paths)
 
 
 def test_records_from_far_away_do_not_end_a_path() -> None:
