@@ -126,7 +126,10 @@ async def _serve_client(
                     await door.greet(stream)
                     asked = _decode_line(await _Lines(stream).read(), Asked)
                     await emit(ACCEPTED)
-            except (trio.TooSlowError, trio.BrokenResourceError, DaaswarmError, EOFError) as error:
+            except EOFError:  # a look whether a node is there ends like this
+                logger.debug("control socket: nothing was asked")
+                return
+            except (trio.TooSlowError, trio.BrokenResourceError, DaaswarmError) as error:
                 logger.info("control socket: bad request: %s", error)
                 return
             async with trio.open_nursery() as nursery:

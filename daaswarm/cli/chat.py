@@ -15,7 +15,7 @@ import trio
 
 from daaswarm.api.control import Emit
 from daaswarm.cli.host_expert import complete_models, locate_model
-from daaswarm.cli.output import WAITING, Output
+from daaswarm.cli.output import WAITING, Output, describe_retries
 from daaswarm.cli.run import attach, is_node_running, show
 from daaswarm.config import Config
 from daaswarm.errors import ConfigError, DaaswarmError, Interrupted, unwrap_groups
@@ -280,7 +280,7 @@ def format_receipt(result: dict[str, Any]) -> list[str]:
         f"model    {result['model']} {result['dtype']}",
         f"root     {result['model_root']}",
         f"tokens   {tokens}",
-        f"calls    {result['calls']}, {result['retries']} retries",
+        f"calls    {result['calls']}, {describe_retries(result['retries'])}",
     ]
     for host in result["hosts"]:
         lines.append(f"host     {host['peer_id']}" + (" (this machine)" if result["embedded"] else ""))

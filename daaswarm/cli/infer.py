@@ -18,7 +18,7 @@ from daaswarm.cli.options import (
     open_data_dir,
     read_config,
 )
-from daaswarm.cli.output import WAITING, Output
+from daaswarm.cli.output import WAITING, Output, describe_retries
 from daaswarm.cli.run import attach, is_node_running, refuse_attached, run_async, show
 from daaswarm.config import Config
 from daaswarm.errors import EXIT_INTERRUPTED, ConfigError, Interrupted
@@ -229,7 +229,7 @@ def summarise(result: dict[str, Any]) -> str:
     """The line that says who computed the answer."""
     hosts = ", ".join(f"…{host['peer_id'][-6:]} {host['calls']} calls" for host in result["hosts"])
     where = f"{len(result['hosts'])} {'embedded ' if result['embedded'] else ''}host{'s' * (len(result['hosts']) != 1)}"
-    retries = f", {result['retries']} retries" if result["retries"] else ""
+    retries = f", {describe_retries(result['retries'])}" if result["retries"] else ""
     moved = sum(host["bytes_sent"] + host["bytes_received"] for host in result["hosts"])
     return (
         f"[{result['completion_tokens']} tokens, {result['tokens_per_s']:.1f}/s, by {where}: {hosts}; "

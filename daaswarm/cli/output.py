@@ -149,3 +149,8 @@ def clean(text: str) -> str:
     """Text from outside must not move the cursor, nor take more than its line."""
     line = " ".join(text.split("\n"))
     return "".join(c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" for c in line)
+
+
+def describe_retries(retries: int) -> str:
+    """Calls that were made again, elsewhere."""
+    return "1 retry" if retries == 1 else f"{retries} retries"

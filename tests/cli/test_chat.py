@@ -173,7 +173,7 @@ async def test_a_receipt(capsys: pytest.CaptureFixture[str]) -> None:
     await make_chat(Node(), "/receipt", "one", "/receipt").run()
     out, err = capsys.readouterr()
     assert "no answer yet" in err
-    assert "9 of prompt (5 kept), 2 new" in out and "3, 1 retries" in out and "ab" * 32 in out
+    assert "9 of prompt (5 kept), 2 new" in out and "3, 1 retry" in out and "ab" * 32 in out
     assert "12D3KooWx (this machine)" in out and "3 calls, 4 rows, 500 B out, 6.0 kB back, 1.5 ms a call" in out
 
 
