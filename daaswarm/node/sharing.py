@@ -49,7 +49,7 @@ class Sharing:
         self._neighbour = neighbour
         self._buckets = [TokenBucket(SHARED_BYTES_PER_S), *filter(None, [neighbour.upload])]
         self._turn = trio.Lock()  # to take from the buckets: first come, first served
-        self._ahead = 0  # bytes of those who wait for that
+        self._ahead = [0] * len(self._buckets)  # bytes that those who wait still want of each
         self._reads = trio.CapacityLimiter(READS)
         self._waiting: Counter[PeerId] = Counter()
         self._open: dict[ModelRoot, _Source] = {}  # the one asked for last comes last
@@ -111,17 +111,24 @@ class Sharing:
             Busy: that would be after ``latest`` (of trio's clock).
         """
         now = trio.current_time()
-        wait_s = max(bucket.get_spare_wait_s(self._ahead + size, now) for bucket in self._buckets)
+        waits = zip(self._buckets, self._ahead, strict=True)
+        wait_s = max(bucket.get_spare_wait_s(ahead + size, now) for bucket, ahead in waits)
         if now + wait_s > latest:
             raise self._refuse(now + wait_s - latest)
-        self._ahead += size
+        rest = [size] * len(self._buckets)
+
+        def note(bucket: int, taken: int) -> None:
+            rest[bucket] -= taken
+            self._ahead[bucket] -= taken
+
+        self._ahead = [ahead + size for ahead in self._ahead]
         try:
             with trio.move_on_at(latest):
                 async with self._turn:
-                    await take_spare(self._buckets, size)
+                    await take_spare(self._buckets, size, note)
                 return
         finally:
-            self._ahead -= size
+            self._ahead = [ahead - left for ahead, left in zip(self._ahead, rest, strict=True)]
         raise self._refuse(RETRY_S)  # calls left too little
 
     def _refuse(self, retry_after_s: float) -> Busy:
@@ -167,13 +174,16 @@ class Sharing:
             ) from None
 
 
-async def take_spare(buckets: Sequence[TokenBucket], size: int) -> None:
-    """Claim ``size`` bytes of each bucket, as they become spare; nothing when cancelled."""
+async def take_spare(buckets: Sequence[TokenBucket], size: int, note: Callable[[int, int], None]) -> None:
+    """Claim ``size`` bytes of each bucket, as they become spare; nothing when cancelled. ``note`` is told which
+    bucket gave how much, each time."""
     claimed = [0] * len(buckets)
     try:
         for i, bucket in enumerate(buckets):
             while True:
-                claimed[i] += bucket.take_spare(size - claimed[i], trio.current_time())
+                taken = bucket.take_spare(size - claimed[i], trio.current_time())
+                claimed[i] += taken
+                note(i, taken)
                 if claimed[i] == size:
                     break
                 await trio.sleep(SPARE_S)

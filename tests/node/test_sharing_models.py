@@ -98,7 +98,7 @@ async def test_who_gives_up_leaves_no_debt(
     began = trio.current_time()
     await sharing.answer(HONEST, ask(model), 2.0)
     assert trio.current_time() - began <= 1.0
-    assert sharing._ahead == 0 and not sharing._waiting
+    assert not any(sharing._ahead) and not sharing._waiting
     sharing.close()
 
 
@@ -113,6 +113,17 @@ async def test_what_would_be_too_late_is_refused_at_once(
     await sharing.answer(HONEST, ask(model), 20.0)
     assert trio.current_time() - began == pytest.approx(7.5, abs=0.1)  # and half a second's worth is left
     assert neighbour.may_send_now(BYTES // 16)
+    sharing.close()
+
+
+async def test_the_piece_in_turn_counts_once(model: LocalModel, autojump_clock: trio.testing.MockClock) -> None:
+    sharing, _ = make_sharing(model, upload=f"{BYTES // 8}B")
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(sharing.answer, GREEDY, ask(model), 60.0)
+        await trio.sleep(7.0)  # it takes 7.5 s, so what is left for the next is 0.5 s and 8 s of its own
+        nursery.start_soon(sharing.answer, HONEST, ask(model), 18.0)  # half of that, 9 s, is for waiting
+    assert trio.current_time() - began == pytest.approx(7.5 + 8.0, abs=0.5)
     sharing.close()
 
 
