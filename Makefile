@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test check format bench parity fuzz soak kill-store clean answers bench-dht
+.PHONY: help demo test check format bench parity fuzz soak kill-store sim sim-full clean answers bench-dht partition
 
 help:
 	@echo "make demo    set up, then ask a real model whose experts sit on three host processes"
@@ -19,7 +19,9 @@ help:
 	@echo "make fuzz    coverage-guided fuzzing of all that strangers' bytes reach (MINUTES=10 in all)"
 	@echo "make answers ten answers at once on one node, beside one after another"
 	@echo "make bench-dht  the DHT of 64 processes beside hivemind's (PEERS=64 ROUNDS=3); installs hivemind in .venv-hivemind"
+	@echo "make partition  30 processes of which half stand still for five minutes (PEERS=30 MINUTES=5)"
 	@echo "make soak    a swarm under a nemesis (MINUTES=30 HOSTS=4 REQUESTERS=3 SEED=0)"
+	@echo "make sim     500 nodes in simulated time, 20 seconds; make sim-full 10,000 nodes, 20 minutes"
 	@echo "make kill-store  kill -9 of a node that writes, 100 times; nothing acknowledged may be lost (KILLS=100)"
 	@echo "make clean   remove the virtual environment and caches of this folder"
 
@@ -89,6 +91,17 @@ bench-dht: PEERS ?= 64
 bench-dht: ROUNDS ?= 3
 bench-dht: $(VENV)/run.stamp .venv-hivemind/stamp
 	$(BIN)/python -m benchmarks.dht_beside_hivemind --hivemind .venv-hivemind --peers $(PEERS) --rounds $(ROUNDS)
+
+partition: PEERS ?= 30
+partition: MINUTES ?= 5
+partition: $(VENV)/run.stamp
+	$(BIN)/python -m benchmarks.partition --peers $(PEERS) --minutes $(MINUTES)
+
+sim: $(VENV)/run.stamp
+	$(BIN)/daaswarm bench sim --nodes 500 --users 2000 --minutes 2
+
+sim-full: $(VENV)/run.stamp
+	$(BIN)/daaswarm bench sim --nodes 10000 --experts 1000 --users 100000 --minutes 10 --churn 0.2 --seed 1
 
 kill-store: KILLS ?= 100
 kill-store: $(VENV)/dev.stamp

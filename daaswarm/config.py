@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,8 +24,10 @@ from daaswarm.types import Dtype, parse_bytes, parse_quiet_hours
 
 ENV_HOME = "DAASWARM_HOME"
 ENV_CACHE = "DAASWARM_CACHE"
+ENV_SWARM_KEY = "DAASWARM_SWARM_KEY"  # the key's text itself (daaswarm/store/swarm_keys.py)
 ENV_PREFIX = "DAASWARM_"
 CONFIG_BYTES = 1 << 20  # a settings file is small; anything larger is not one
+PEER_ID = re.compile(r"12D3Koo[1-9A-HJ-NP-Za-km-z]{45}")  # checked to the last bit by core/allow_list.py
 TAGS, TAG_CHARS = 16, 64  # in an advert (daaswarm/messages.py)
 
 
@@ -34,8 +37,13 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
     bootstrap: list[str] = []  # multiaddresses with a PeerId
     listen: str = "/ip4/127.0.0.1/tcp/0"
     announce: list[str] = []  # addresses to advertise instead of those listened on
+    interfaces: list[str] = []  # patterns, like eth*: whose addresses others are told; empty: chosen by kind
     swarm: Annotated[str, Meta(min_length=1, max_length=64)] = "main"
+    swarm_key_file: str = ""  # of a private swarm; empty: its file in the data directory
+    allow: list[str] = []  # the only PeerIds that are met; empty: all of the swarm
     libp2p: bool = True  # also speak libp2p on the same port
+    lan: bool = True  # find peers on the local network, unless this node listens on loopback alone
+    relay: bool = True  # pass the traffic of peers that can't be dialled, as long as this node can
 
 
 class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,7 +123,7 @@ def load_config(
     for key, value in read_file(path).items():
         values[key] = convert(key, value, source=str(path))
     for name, value in (os.environ if environ is None else environ).items():
-        if name.startswith(ENV_PREFIX) and name not in (ENV_HOME, ENV_CACHE):
+        if name.startswith(ENV_PREFIX) and name not in (ENV_HOME, ENV_CACHE, ENV_SWARM_KEY):
             key = name.removeprefix(ENV_PREFIX).lower().replace("_", ".", 1)
             values[key] = convert(key, value, source=f"environment variable {name}")
     for key, value in (flags or {}).items():
@@ -182,6 +190,13 @@ def convert(key: str, value: object, *, source: str) -> Any:
         if len(converted) > TAGS or not all(0 < len(tag) <= TAG_CHARS for tag in converted):
             text = f"{source}: {key}: at most {TAGS} tags of 1 to {TAG_CHARS} letters"
             raise ConfigError(text, hint="write it like code,german")
+    elif key == "network.allow":
+        for peer in converted:
+            if not PEER_ID.fullmatch(peer):
+                text = f"{source}: {key}: {peer[:64]!r} is not the PeerId of an Ed25519 key"
+                raise ConfigError(
+                    text, hint="PeerIds begin with 12D3Koo and have 52 letters; daaswarm status shows them"
+                )
     elif key == "host.quiet_hours":
         for hours in converted:
             try:

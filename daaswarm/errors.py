@@ -29,6 +29,7 @@ class DaaswarmError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.step = ""  # of reaching a peer, at which this came: name, tcp, tls or handshake; empty elsewhere
 
 
 class ConfigError(DaaswarmError):
@@ -75,6 +76,36 @@ class PeerIdMismatch(RemoteProtocolError):
     code = "peer_id_mismatch"
 
 
+class WrongVersion(RemoteProtocolError):
+    """The peer speaks another version of the protocol."""
+
+    code = "wrong_version"
+
+
+class WrongSwarm(RemoteProtocolError):
+    """The peer belongs to a swarm of another name."""
+
+    code = "wrong_swarm"
+
+
+class WrongKey(RemoteProtocolError):
+    """A swarm of that name, but one side has another key, or none."""
+
+    code = "wrong_key"
+
+
+class NotAllowed(RemoteProtocolError):
+    """A PeerId that an allow-list leaves out: the peer's on ours, or ours on the peer's."""
+
+    code = "not_allowed"
+
+
+class BadProof(RemoteProtocolError):
+    """The peer did not prove the PeerId that it claims."""
+
+    code = "bad_proof"
+
+
 class Unreachable(DaaswarmError):
     """No connection could be made: refused, no route, silent past the deadline."""
 
@@ -101,6 +132,12 @@ class Busy(DaaswarmError):
     def __init__(self, message: str, *, hint: str = "", retry_after_s: float = 0.1) -> None:
         super().__init__(message, hint=hint)
         self.retry_after_s = retry_after_s
+
+
+class RelayRefused(DaaswarmError):
+    """A relay does not do what it was asked: it serves as none, or the peer holds no reservation there."""
+
+    code = "relay_refused"
 
 
 class TooLarge(DaaswarmError):

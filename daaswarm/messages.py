@@ -20,6 +20,7 @@ PROTOCOL_VERSION = 1
 # Limits of single fields. Sizes of whole messages are in daaswarm/limits.py.
 Key = Annotated[bytes, Meta(min_length=32, max_length=32)]  # SHA-256
 Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]  # Ed25519
+KeyProof = Annotated[bytes, Meta(max_length=32)]  # keyed BLAKE2b; empty in a swarm without a key
 PublicKey = Annotated[bytes, Meta(min_length=32, max_length=32)]  # Ed25519
 PeerIdText = Annotated[str, Meta(min_length=40, max_length=64)]
 RootText = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
@@ -52,6 +53,7 @@ class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     version: int = PROTOCOL_VERSION
     nonce: Key
     swarm: Key
+    key_proof: KeyProof = b""  # of a private swarm's key: the server's
 
 
 class Prove(Message, frozen=True, kw_only=True, tag="prove"):
@@ -60,6 +62,7 @@ class Prove(Message, frozen=True, kw_only=True, tag="prove"):
     version: int = PROTOCOL_VERSION
     public_key: PublicKey
     signature: Signature
+    key_proof: KeyProof = b""  # of a private swarm's key: the client's
     contact: Contact | None = None  # set when the client itself accepts connections
     agent: Short = ""
 
@@ -73,13 +76,17 @@ class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
 
 
 class Ping(Message, frozen=True, kw_only=True, tag="ping"):
-    pass
+    """``echo``: what comes along, 64 KiB at most, is wanted back."""
+
+    echo: bool = False
 
 
 class Pong(Message, frozen=True, kw_only=True, tag="pong"):
-    """``near``: whom the responder measured to be near itself (``daaswarm.core.islands``), 8 bytes each."""
+    """``near``: whom the responder measured to be near itself (``daaswarm.core.islands``), 8 bytes each. ``time``: its
+    clock (Unix time, s); 0 if it doesn't say."""
 
     near: Annotated[bytes, Meta(max_length=512)] = b""
+    time: float = 0.0
 
 
 # -- signed records (discovery) -----------------------------------------------------------------------------------
@@ -334,9 +341,81 @@ class ModelPart(Message, frozen=True, kw_only=True, tag="part"):
     total: Annotated[int, Meta(ge=0, lt=1 << 62)]  # bytes of the manifest, file or tensor
 
 
+# -- reachability: who can be dialled, and meeting those who can't -------------------------------------------------
+
+
+class CheckReach(Message, frozen=True, kw_only=True, tag="check_reach"):
+    """Dial me back, on a new connection, at the IP address that you see me at and these ports."""
+
+    ports: Annotated[list[Annotated[int, Meta(ge=1, le=65_535)]], Meta(min_length=1, max_length=4)]
+
+
+class Reached(Message, frozen=True, kw_only=True, tag="reached"):
+    """Answer to :class:`CheckReach`. ``host``: the IP address that was dialled; ``ports``: where the asker answered."""
+
+    host: Short
+    ports: Annotated[list[Annotated[int, Meta(ge=1, le=65_535)]], Meta(max_length=4)] = []
+
+
+class Reserve(Message, frozen=True, kw_only=True, tag="reserve"):
+    """Let others meet me through you, as long as this connection lasts."""
+
+
+class Reserved(Message, frozen=True, kw_only=True, tag="reserved"):
+    """Answer to :class:`Reserve`; to be asked for again before ``ttl_s`` has passed."""
+
+    ttl_s: Annotated[float, Meta(ge=0, le=86_400)]
+
+
+class Meet(Message, frozen=True, kw_only=True, tag="meet"):
+    """Asker → relay: I want a connection with ``target``. ``addrs``: where it could dial me instead."""
+
+    target: PeerIdText
+    addrs: Addresses = []
+
+
+class Invite(Message, frozen=True, kw_only=True, tag="invite"):
+    """Relay → target: ``peer`` wants a connection with you. ``host``: the IP address that the relay sees it at."""
+
+    peer: PeerIdText
+    host: Short
+    addrs: Addresses = []
+    token: Key
+
+
+class Arranged(Message, frozen=True, kw_only=True, tag="arranged"):
+    """Answer to :class:`Meet` and :class:`Invite`: the target has dialled the asker (``dialled``), or both open a
+    circuit at the relay's port, with the byte 0xD5 and their token; then the asker is the client of TLS."""
+
+    dialled: bool = False
+    token: Annotated[bytes, Meta(max_length=32)] = b""  # of :class:`Meet`: the asker's
+
+
+class Moved(Message, frozen=True, kw_only=True, tag="moved"):
+    """My addresses are others than at the handshake. Answered with :class:`Pong`."""
+
+    contact: Contact
+
+
 Spreading = PushAdverts | PullAdverts | Doubt | AskSwarm
-Request = Ping | FindNode | FindValue | Store | GetAdverts | Spreading | ExpertCall | Reopen | GetModelPart
-Reply = Pong | Found | Stored | Adverts | Pushed | Pulled | Doubted | Offers | ExpertReply | ModelPart | Failure
+Meeting = CheckReach | Reserve | Meet | Invite | Moved
+Request = Ping | FindNode | FindValue | Store | GetAdverts | Spreading | ExpertCall | Reopen | GetModelPart | Meeting
+Reply = (
+    Pong
+    | Found
+    | Stored
+    | Adverts
+    | Pushed
+    | Pulled
+    | Doubted
+    | Offers
+    | ExpertReply
+    | ModelPart
+    | Reached
+    | Reserved
+    | Arranged
+    | Failure
+)
 Handshake = Hello | Prove | Welcome | Failure
 AnyMessage = Hello | Prove | Welcome | Request | Reply
 

@@ -34,8 +34,13 @@ MEANINGS = {
     "network.bootstrap": "Addresses of nodes through which to find the swarm, each ending in `/p2p/` and a PeerId.",
     "network.listen": "Where to accept connections. The default is this machine only, on a free port.",
     "network.announce": "Addresses to tell others instead of those listened on, for a node behind a router.",
-    "network.swarm": "Name of the swarm. Nodes of different swarms refuse each other. It is a name, not a secret.",
+    "network.swarm": "A public swarm's name, which is no secret, or a private one's id. Nodes of others are refused.",
+    "network.swarm_key_file": "File with the key of a private swarm; empty: the one that `swarm add` keeps.",
+    "network.allow": "The only PeerIds that this node meets; empty: all of the swarm. See `swarm allow`.",
+    "network.relay": "Pass the traffic of peers behind a NAT or firewall, as long as this node itself can be dialled.",
+    "network.interfaces": "Whose addresses others are told, like `eth0,wg*`; empty: all but containers' and tunnels'.",
     "network.libp2p": "Also accept libp2p and WebSocket connections on the same port.",
+    "network.lan": "Find peers on the local network by multicast DNS, unless the node listens on loopback alone.",
     "host.memory": "The most that all experts of a node take together; `2GB` (decimal) or `2GiB` (binary).",
     "host.nice": "How far this program stands behind others, 0 to 19, as Unix counts it.",
     "host.pause_when_busy": "Pause while other programs use more than this share of all cores; 0 never pauses.",
@@ -178,6 +183,7 @@ def make_config() -> str:
         parts.append(_table(["Setting", "Type", "Default", "Meaning", "Variable"], rows))
     parts += ["## Variables that are no settings", _table(["Variable", "Meaning"], [
         ["`DAASWARM_HOME`", "Data directory of this node, like `--data-dir`. Default: the platform's data folder."],
+        ["`DAASWARM_SWARM_KEY`", "The key of a private swarm itself, a line of text, where no file shall hold it."],
         ["`DAASWARM_CACHE`", "Folder of downloaded and converted models, shared by all nodes of a user. "
          "Default: the platform's cache folder."],
     ]), "## Example", "\n".join([

@@ -22,11 +22,12 @@ import psutil
 import trio
 
 from daaswarm.config import Config
+from daaswarm.core.health import State
 from daaswarm.errors import DaaswarmError
 from daaswarm.node.life import open_node
 from daaswarm.node.reporting import Emit
 from daaswarm.store.data_dir import DataDir
-from daaswarm.types import ModelRoot
+from daaswarm.types import ModelRoot, PeerId
 
 START_S = 120.0  # for one wave of processes on a busy machine
 OPERATION_S = 60.0  # anything slower is a failure, and counted as one
@@ -95,6 +96,10 @@ async def serve(data_dir: DataDir, config: Config, pipe: trio.abc.ReceiveStream,
             elif asked["operation"] == "get":  # what the DHT says
                 pointed = await discovery.finder.get_pointed(root)
                 await emit({"peers": [contact.peer_id for contact in pointed]})
+            elif asked["operation"] == "known":  # what it has heard of, without asking anybody
+                known = [PeerId(each.advert.peer_id) for each in discovery.book.get_adverts(root, time.time())]
+                up = [peer for peer in known if discovery.membership.get_state(peer) is State.UP]
+                await emit({"peers": known, "up": up})
             else:  # what a requester is offered: each was asked, and answers now
                 await emit({"peers": [known.advert.peer_id for known in await discovery.find_adverts(root)]})
 
@@ -117,7 +122,7 @@ async def run_dht(*, peers: int, keys: int, kill: float, seed: int, folder: Path
     """
     rng = random.Random(seed)
     started = time.perf_counter()
-    async with _open_peers(peers, rng, folder, emit) as swarm:
+    async with open_peers(peers, rng, folder, emit) as swarm:
         result: dict[str, Any] = {"peers": peers, "keys": keys, "seed": seed, "wall_start_s": _since(started)}
         result["rss_mb_per_peer"] = round(_get_memory(swarm) / len(swarm) / 1e6, 1)
         owners: dict[ModelRoot, Peer] = {}
@@ -220,7 +225,12 @@ def _get_memory(swarm: Iterable[Peer]) -> int:
 
 
 @asynccontextmanager
-async def _open_peers(peers: int, rng: random.Random, folder: Path, emit: Emit) -> AsyncIterator[list[Peer]]:
+async def open_peers(peers: int, rng: random.Random, folder: Path, emit: Emit) -> AsyncIterator[list[Peer]]:
+    """Starts them in waves, each told a few that run already; kills them at the end.
+
+    Raises:
+        DaaswarmError: a process didn't start.
+    """
     swarm: list[Peer] = []
     try:
         while len(swarm) < peers:

@@ -86,6 +86,7 @@ async def run_parity(
             count=hosts,
             bootstrap=node.addrs,
             swarm=config.network.swarm,
+            swarm_key=node.network.identity.swarm_key,
             dtype=dtype,
             across=across,
             threads=config.host.threads or max(1, cores // hosts),

@@ -23,10 +23,12 @@ from daaswarm.cli import (
     join,
     logs,
     model,
+    network,
     peers,
     plan,
     reset,
     status,
+    swarm,
 )
 from daaswarm.cli.output import Output
 from daaswarm.cli.progress import BARS
@@ -62,6 +64,8 @@ app.command("logs")(logs.logs)
 app.command("reset")(reset.reset)
 app.add_typer(expert.app, name="expert")
 app.add_typer(peers.app, name="peers")
+app.add_typer(network.app, name="network")
+app.add_typer(swarm.app, name="swarm")
 app.add_typer(model.app, name="model")
 app.add_typer(bench.app, name="bench")
 app.add_typer(config.app, name="config")

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import trio
 import typer
 
+from daaswarm.cli.bench_sim import simulate
 from daaswarm.cli.host_expert import complete_models
 from daaswarm.cli.options import BootstrapOption, DataDirOption, JsonOption, open_data_dir, read_config
 from daaswarm.cli.output import Output
@@ -25,6 +26,7 @@ from daaswarm.types import DTYPES, format_bytes
 FFN_DIM = 8_192  # the benchmark's weights take 2 GiB
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine and this program.")
+app.command("sim")(simulate)
 
 
 @app.command("parity")

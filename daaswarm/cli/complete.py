@@ -28,6 +28,17 @@ def complete_peers(context: typer.Context, incomplete: str) -> list[str]:
     return sorted(peer for peer in peers if peer.startswith(incomplete))
 
 
+def complete_swarms(context: typer.Context, incomplete: str) -> list[str]:
+    """The private swarms whose keys are in the data directory."""
+    from daaswarm.store.swarm_keys import list_stored
+
+    try:
+        swarms = list_stored(open_data_dir(_get_path(context, "data_dir")))
+    except DaaswarmError:
+        return []
+    return [swarm for swarm in swarms if swarm.startswith(incomplete)]
+
+
 def complete_layers(context: typer.Context, incomplete: str) -> list[str]:
     """All layers of the model that was named, and its two halves."""
     from daaswarm.models.manifest_file import MANIFEST_NAME, load_manifest

@@ -22,7 +22,10 @@ from daaswarm.cli.options import (
     BootstrapOption,
     DataDirOption,
     JsonOption,
+    LanOption,
     ListenOption,
+    SwarmIdOption,
+    SwarmKeyOption,
     open_data_dir,
     read_config,
 )
@@ -85,8 +88,11 @@ def host_expert(
         bool, typer.Option("--until-eof", help="Stop when standard input closes (for supervisors).")
     ] = False,
     bootstrap: BootstrapOption = None,
+    swarm_id: SwarmIdOption = None,
+    swarm_key: SwarmKeyOption = None,
     listen: ListenOption = None,
     announce: AnnounceOption = None,
+    lan: LanOption = None,
     data_dir: DataDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -111,8 +117,11 @@ def host_expert(
     config = read_config(
         folder,
         bootstrap=bootstrap,
+        swarm_id=swarm_id,
+        swarm_key=swarm_key,
         listen=listen,
         announce=announce,
+        network__lan=lan,
         host__dtype=dtype,
         host__memory=memory,
         host__threads=threads,
@@ -140,6 +149,8 @@ def host_expert(
                     folder,
                     listen=listen,
                     announce=announce,
+                    swarm_id=swarm_id,
+                    swarm_key=swarm_key,
                     threads=threads,
                     nice=nice,
                     quiet_hours=quiet_hours,

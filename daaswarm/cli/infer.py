@@ -15,6 +15,8 @@ from daaswarm.cli.options import (
     DataDirOption,
     JsonOption,
     ListenOption,
+    SwarmIdOption,
+    SwarmKeyOption,
     open_data_dir,
     read_config,
 )
@@ -74,6 +76,8 @@ def infer(
         bool, typer.Option("--force", help="Don't ask whether splitting the model is a good idea.")
     ] = False,
     bootstrap: BootstrapOption = None,
+    swarm_id: SwarmIdOption = None,
+    swarm_key: SwarmKeyOption = None,
     listen: ListenOption = None,
     announce: AnnounceOption = None,
     data_dir: DataDirOption = None,
@@ -105,6 +109,8 @@ def infer(
     config = read_config(
         folder,
         bootstrap=bootstrap,
+        swarm_id=swarm_id,
+        swarm_key=swarm_key,
         listen=listen,
         announce=announce,
         infer__model=model,
@@ -131,7 +137,7 @@ def infer(
     if prompt is None:
         check_terminal(output, raw=raw)
         if is_node_running(folder):
-            refuse_attached(folder, listen=listen, announce=announce)
+            refuse_attached(folder, listen=listen, announce=announce, swarm_id=swarm_id, swarm_key=swarm_key)
         raise typer.Exit(chat(folder, config, params, output, serve=listen is not None))
     result: dict[str, Any] = {}
     written: list[str] = []
@@ -143,7 +149,7 @@ def infer(
 
     async def run() -> None:
         if is_node_running(folder):
-            refuse_attached(folder, listen=listen, announce=announce)
+            refuse_attached(folder, listen=listen, announce=announce, swarm_id=swarm_id, swarm_key=swarm_key)
             result.update(await attach(folder, "infer", params, show_and_keep))
         else:
             from daaswarm.node.life import ask_once

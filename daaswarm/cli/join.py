@@ -20,7 +20,10 @@ from daaswarm.cli.options import (
     BootstrapOption,
     DataDirOption,
     JsonOption,
+    LanOption,
     ListenOption,
+    SwarmIdOption,
+    SwarmKeyOption,
     open_data_dir,
     read_config,
 )
@@ -31,8 +34,11 @@ from daaswarm.cli.streams import never_wait_for_readers
 
 def join(
     bootstrap: BootstrapOption = None,
+    swarm_id: SwarmIdOption = None,
+    swarm_key: SwarmKeyOption = None,
     listen: ListenOption = None,
     announce: AnnounceOption = None,
+    lan: LanOption = None,
     memory: MemoryOption = None,
     threads: ThreadsOption = None,
     nice: NiceOption = None,
@@ -53,8 +59,11 @@ def join(
     config = read_config(
         folder,
         bootstrap=bootstrap,
+        swarm_id=swarm_id,
+        swarm_key=swarm_key,
         listen=listen,
         announce=announce,
+        network__lan=lan,
         host__memory=memory,
         host__threads=threads,
         host__nice=nice,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from daaswarm.config import Config, get_default_data_dir, load_config
+from daaswarm.config import ENV_SWARM_KEY, Config, get_default_data_dir, load_config
+from daaswarm.core.swarm_keys import MAX_TEXT, parse_swarm_key
 from daaswarm.errors import ConfigError
 from daaswarm.store.data_dir import DataDir
 
@@ -34,6 +37,18 @@ AnnounceOption = Annotated[
     list[str] | None,
     typer.Option("--announce", metavar="ADDR", help="Address to tell others instead of --listen's. Repeatable."),
 ]
+LanOption = Annotated[
+    bool | None,
+    typer.Option("--lan/--no-lan", help="Find peers on the local network, and be found there (multicast DNS)."),
+]
+SwarmIdOption = Annotated[
+    str | None,
+    typer.Option("--swarm-id", metavar="ID", help="The swarm: a public one's name, or a private one's id, NAME@…."),
+]
+SwarmKeyOption = Annotated[
+    str | None,
+    typer.Option("--swarm-key", metavar="FILE", help="Key of a private swarm, if it isn't kept here; - reads a line."),
+]
 
 
 def open_data_dir(path: Path | None) -> DataDir:
@@ -54,13 +69,24 @@ def read_config(
     bootstrap: list[str] | None = None,
     listen: str | None = None,
     announce: list[str] | None = None,
+    swarm_id: str | None = None,
+    swarm_key: str | None = None,
     **flags: object,
 ) -> Config:
     """Settings with this command's flags on top; ``flags`` are keys with ``__`` for the dot."""
+    if swarm_key == "-":
+        # For this process and the hosts that it starts; others of this user can't see it in a list of processes.
+        os.environ[ENV_SWARM_KEY] = sys.stdin.readline(MAX_TEXT + 1).strip()
+        parse_swarm_key(os.environ[ENV_SWARM_KEY], source="standard input")
+        swarm_key = ""  # also instead of a file that the settings name
+    elif swarm_key == "":
+        raise ConfigError("--swarm-key is empty", hint="name a file, or - for a line of standard input")
     given: dict[str, object] = {
         "network.bootstrap": bootstrap or None,
         "network.listen": listen,
         "network.announce": announce or None,
+        "network.swarm": swarm_id,
+        "network.swarm_key_file": swarm_key,
     }
     given.update({name.replace("__", "."): value for name, value in flags.items()})
     return load_config(data_dir.config_path, flags=given)

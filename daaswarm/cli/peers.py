@@ -41,7 +41,7 @@ def list_peers(data_dir: DataDirOption = None, as_json: JsonOption = False) -> N
     rows = [
         (
             peer["peer_id"],
-            "connected" if peer["connected"] else "",
+            "by relay" if peer["relayed"] else "connected" if peer["connected"] else "",
             f"{peer['rtt_ms']:.1f} ms" if peer["rtt_ms"] is not None else "",
             format_age(time.time() - peer["last_seen"]),
             peer["agent"],
@@ -65,6 +65,7 @@ def read_disk(folder: DataDir) -> dict[str, Any]:
                 "peer_id": peer.peer_id,
                 "addrs": peer.addrs,
                 "connected": False,
+                "relayed": False,
                 "agent": peer.agent,
                 "last_seen": peer.last_seen,
                 "rtt_ms": None,

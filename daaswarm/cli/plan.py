@@ -13,9 +13,17 @@ from msgspec import Meta
 
 from daaswarm.cli.complete import complete_dtypes
 from daaswarm.cli.host_expert import complete_models, locate_model
-from daaswarm.cli.options import BootstrapOption, DataDirOption, JsonOption, open_data_dir, read_config
+from daaswarm.cli.options import (
+    BootstrapOption,
+    DataDirOption,
+    JsonOption,
+    SwarmIdOption,
+    SwarmKeyOption,
+    open_data_dir,
+    read_config,
+)
 from daaswarm.cli.output import Output
-from daaswarm.cli.run import attach, is_node_running, run_async, show
+from daaswarm.cli.run import attach, is_node_running, refuse_attached, run_async, show
 from daaswarm.errors import EXIT_OK, ConfigError
 from daaswarm.types import DTYPES, format_bytes, parse_bytes
 
@@ -63,6 +71,8 @@ def plan(
         typer.Option("--dtype", autocompletion=complete_dtypes, help="In f32, bf16 or f16 (default: best covered)."),
     ] = None,
     bootstrap: BootstrapOption = None,
+    swarm_id: SwarmIdOption = None,
+    swarm_key: SwarmKeyOption = None,
     data_dir: DataDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -74,7 +84,7 @@ def plan(
     folder = open_data_dir(data_dir)
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype!r} is not known", hint=f"choose from {', '.join(DTYPES)}")
-    config = read_config(folder, bootstrap=bootstrap)
+    config = read_config(folder, bootstrap=bootstrap, swarm_id=swarm_id, swarm_key=swarm_key)
     params: dict[str, Any] = {
         "model": locate_model(model),
         "peers": read_peers(peers) if peers is not None else None,
@@ -88,6 +98,7 @@ def plan(
     async def run() -> None:
         emit = partial(_show, output)
         if is_node_running(folder):
+            refuse_attached(folder, swarm_id=swarm_id, swarm_key=swarm_key)
             found.update(await attach(folder, "plan", params, emit))
             return
         from daaswarm.node.life import open_node

@@ -18,7 +18,7 @@ from daaswarm.types import format_bytes
 def reset(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
     everything: Annotated[
-        bool, typer.Option("--all", help="Remove the identity and the settings too: the next node is a new peer.")
+        bool, typer.Option("--all", help="Remove identity, swarm keys and settings too: the next node is a new peer.")
     ] = False,
     data_dir: DataDirOption = None,
     as_json: JsonOption = False,

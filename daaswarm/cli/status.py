@@ -75,9 +75,13 @@ def render(found: dict[str, Any], output: Output) -> None:
         ("node", f"running (process {found['pid']})" if found["running"] else "not running"),
         ("peer id", found["peer_id"] or "none yet: daaswarm init"),
         ("folder", found["data_dir"]),
+        *((("swarm", describe_swarm(found["swarm"])),) if "swarm" in found else ()),
         *(("address", address) for address in found["addrs"]),
+        *(("not told", f"{left['host']} of {left['name']}: {left['reason']}") for left in found.get("left_out", [])),
         ("peers", f"{len(found['known_peers'])} known"),
     ]
+    if found.get("reachability"):
+        rows += [("reachable", line) for line in describe_reachability(found["reachability"])]
     rows += [("island", describe_island(island)) for island in found.get("islands", []) if island["peers"]]
     if found.get("paused"):
         rows.append(("paused", found["paused"]["reason"]))
@@ -87,6 +91,31 @@ def render(found: dict[str, Any], output: Output) -> None:
         rows.append(("serves", f"{model['name']} {model['dtype']}, {size}, layers {held}; {calls} calls"))
     rows += [("model", f"{model['name']} ({model['root'][:12]}) in {model['folder']}") for model in found["models"]]
     output.rows(rows)
+
+
+def describe_swarm(swarm: dict[str, Any]) -> str:
+    """``"home@k3x7q2m4a5bcd2ef, private"``."""
+    return f"{swarm['id']}{', private' if swarm['private'] else ''}"
+
+
+def describe_reachability(reach: dict[str, Any]) -> list[str]:
+    """``["no: behind a NAT or firewall, seen at 203.0.113.7", "through the relay …3kQx9a at /ip4/…"]``."""
+    seen = f", seen at {', '.join(reach['seen_at'])}" if reach["seen_at"] else ""
+    lines = {
+        "reachable": f"yes{seen}",
+        "unreachable": f"no: behind a NAT or firewall{seen}",
+        "unknown": f"not known yet: no peer could say{seen}",
+        "local": "from this machine only",
+        "not_listening": "no: it only dials",
+    }
+    found = [lines.get(str(reach["verdict"]), "?")]
+    found += [f"through the relay …{relay['peer_id'][-6:]} at {relay['addr']}" for relay in reach["relays"]]
+    if reach["verdict"] == "unreachable" and not reach["relays"]:
+        found.append("no relay yet: only who shares its network reaches it")
+    if reach["reservations"] or reach["circuits"]:
+        passed = format_bytes(reach["bytes_passed"])
+        found.append(f"relays for {reach['reservations']} peers: {reach['circuits']} circuits, {passed} passed")
+    return found
 
 
 def describe_island(island: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Set
 from enum import IntEnum
 
 from daaswarm.types import PeerId
@@ -103,9 +103,9 @@ class HealthTable:
         due = [p for p in self._troubled if self._known[p].retry_at <= now and not self._known[p].checking]
         return sorted(due, key=lambda p: (self._known[p].retry_at, p))[:limit]
 
-    def get_troubled(self) -> Iterator[PeerId]:
+    def get_troubled(self) -> Set[PeerId]:
         """All that are not up."""
-        return iter(self._troubled)
+        return self._troubled.keys()
 
     def forget(self, peer: PeerId) -> None:
         """Nothing is wanted of it any more."""

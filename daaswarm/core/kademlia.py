@@ -9,6 +9,7 @@ enter the routing table only after answering us.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 
 import msgspec
@@ -332,14 +333,14 @@ class Kademlia:
             if pointer.key != lookup.target:
                 return False, "answered with a record of another key"
             is_news |= lookup.add_record(pointer, signed)
-        contacts: list[Contact] = []
-        for contact in message.contacts:
-            try:
-                get_public_key(contact.peer_id)
-            except ConfigError as error:
-                return False, error.message
-            if self._shunned.get(PeerId(contact.peer_id), NEVER) <= now:
-                contacts.append(contact)
+        peers = [contact.peer_id for contact in message.contacts]
+        try:
+            deque(map(get_public_key, peers), maxlen=0)
+        except ConfigError as error:
+            return False, error.message
+        contacts, shunned = message.contacts, self._shunned
+        if shunned and not shunned.keys().isdisjoint(peers):
+            contacts = [contact for contact in contacts if shunned.get(PeerId(contact.peer_id), NEVER) <= now]
         lookup.add(rpc.path, PeerId(rpc.contact.peer_id), contacts)
         return is_news, ""
 
@@ -449,13 +450,11 @@ class Kademlia:
             return []
         asked = {rpc.contact.peer_id for rpc in self._rpcs.values()} | {self.peer_id}
         due: list[Contact] = []
-        self._probe_at = now + PROBE_S
-        for entry in self.table.get_entries():
-            at = entry.failed_at + PROBE_FAILING_S if entry.failures else entry.seen_at + PROBE_S
-            if now >= at and len(due) < ALPHA and entry.contact.peer_id not in asked:
+        silent, again_at = self.table.get_due(now, PROBE_S, PROBE_FAILING_S)
+        self._probe_at = min(again_at, now + PROBE_S)
+        for entry in silent:
+            if len(due) < ALPHA and entry.contact.peer_id not in asked:
                 due.append(entry.contact)
-            else:
-                self._probe_at = min(self._probe_at, at)
         if is_reseeding:
             self._seeded_at = now
             due += [s for s in self._seeds if s.peer_id not in asked and PeerId(s.peer_id) not in self.table]

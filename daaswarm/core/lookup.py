@@ -8,7 +8,7 @@ lookup of nodes has all its paths to the target; one of records has a path to ea
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections.abc import Iterable
 from typing import Literal
 
@@ -39,18 +39,23 @@ _IN_FLIGHT, _LATE, _ANSWERED, _GONE = 1, 2, 3, 4
 
 
 class _Candidate:
-    """``depth``: requests from us to its name. ``source``: who named it, 0 for our own table or several."""
+    """``depth``: requests from us to its name. ``source``: who named it, 0 for our own table or several. ``state``:
+    what the lookup knows of the peer, on whichever path it was asked. ``gave``: it gave records on this path."""
 
-    __slots__ = ("contact", "depth", "source")
+    __slots__ = ("contact", "depth", "gave", "number", "source", "state")
 
-    def __init__(self, contact: Contact, depth: int, source: int) -> None:
+    def __init__(self, contact: Contact, number: int, depth: int, source: int, state: int | None) -> None:
         self.contact = contact
+        self.number = number
         self.depth = depth
         self.source = source
+        self.state = state
+        self.gave = False
 
 
 class _Path:
-    """``order``: the sorted distances in ``known``. ``gave``: by distance, how many records came from there."""
+    """``order``: the sorted distances in ``known``; ``ranked``: the candidates in that order. ``gave``: by distance,
+    how many records came from there. ``waiting``: what the last survey found, ``None`` after anything changed."""
 
     __slots__ = (
         "gave",
@@ -64,7 +69,9 @@ class _Path:
         "message",
         "order",
         "quiet",
+        "ranked",
         "requests",
+        "waiting",
     )
 
     def __init__(self, goal: int, k: int, message: FindNode | FindValue) -> None:
@@ -73,6 +80,8 @@ class _Path:
         self.holders = min(max(HOLDERS, int(HOLDERS_SHARE * k)), k)
         self.message = message
         self.order: list[int] = []
+        self.ranked: list[_Candidate] = []
+        self.waiting: list[_Candidate] | None = None
         self.known: dict[int, _Candidate] = {}
         self.gave: dict[int, int] = {}
         self.in_flight = 0
@@ -91,7 +100,6 @@ class Lookup:
     """
 
     __slots__ = (
-        "_alpha",
         "_answered",
         "_balance",
         "_own",
@@ -171,7 +179,7 @@ class Lookup:
         number = get_node_number(peer)
         if self._state.get(number) == _IN_FLIGHT:
             each.in_flight -= 1
-        self._state[number] = _ANSWERED
+        self._mark(number, _ANSWERED)
         distance = number ^ each.goal
         candidate = each.known.get(distance)
         if candidate is None:
@@ -180,6 +188,8 @@ class Lookup:
         self._judge(candidate, -1)
         if gave:
             each.gave[distance] = gave
+            candidate.gave = True
+            each.waiting = None
             each.quiet = 0 if is_news else each.quiet + 1
             if self._is_agreed():
                 for other in self.paths:
@@ -196,7 +206,7 @@ class Lookup:
         if self._state.get(number) != _IN_FLIGHT:
             return
         each = self.paths[path]
-        self._state[number] = _LATE
+        self._mark(number, _LATE)
         each.in_flight -= 1
         if (candidate := each.known.get(number ^ each.goal)) is not None:
             self._judge(candidate, 1)
@@ -206,7 +216,7 @@ class Lookup:
         number = get_node_number(peer)
         each = self.paths[path]
         state = self._state.get(number)
-        self._state[number] = _GONE
+        self._mark(number, _GONE)
         if state == _IN_FLIGHT:
             each.in_flight -= 1
             if (candidate := each.known.get(number ^ each.goal)) is not None:
@@ -245,6 +255,15 @@ class Lookup:
 
     # -- parts --------------------------------------------------------------------------------------------------
 
+    def _mark(self, number: int, state: int) -> None:
+        """Notes it on all paths."""
+        self._state[number] = state
+        for path in self.paths:
+            candidate = path.known.get(number ^ path.goal)
+            if candidate is not None:
+                candidate.state = state
+                path.waiting = None
+
     def _take(self, room: list[int]) -> list[tuple[int, Contact]]:
         """``room``: for each path, how many may be in flight."""
         taken: list[tuple[int, Contact]] = []
@@ -253,11 +272,11 @@ class Lookup:
                 continue
             waiting = self._survey(path)
             while waiting and path.in_flight < room[i] and path.requests < REQUESTS:
-                distance = waiting.pop(self._choose(path, len(waiting)))
-                self._state[distance ^ path.goal] = _IN_FLIGHT
+                candidate = waiting.pop(self._choose(path, len(waiting)))
+                self._mark(candidate.number, _IN_FLIGHT)
                 path.in_flight += 1
                 path.requests += 1
-                taken.append((i, path.known[distance].contact))
+                taken.append((i, candidate.contact))
         return taken
 
     def _least(self) -> Iterable[tuple[_Path, int]]:
@@ -274,49 +293,58 @@ class Lookup:
         return all(len(path.gave) >= least for path, least in self._least()) and not self._is_disputed()
 
     def _add(self, path: _Path, contacts: Iterable[Contact], depth: int, source: int) -> None:
-        state, known, goal, order = self._state, path.known, path.goal, path.order
-        for contact in contacts:
-            number = get_node_number(contact.peer_id)
+        states, known, goal, order, ranked = self._state, path.known, path.goal, path.order, path.ranked
+        path.waiting = None
+        offered = list(contacts)
+        numbers = map(get_node_number, [contact.peer_id for contact in offered])
+        for contact, number in zip(offered, numbers, strict=True):
             distance = number ^ goal
-            candidate = known.get(distance)
-            if candidate is not None:
+            if distance in known:
+                candidate = known[distance]
                 if candidate.source != source:
                     candidate.source = 0
                 continue
-            if number == self._own or not contact.addrs or state.get(number) == _GONE:
+            state = states.get(number)
+            if number == self._own or not contact.addrs or state == _GONE:
                 continue
-            known[distance] = _Candidate(contact, depth, source)
-            insort(order, distance)
+            known[distance] = candidate = _Candidate(contact, number, depth, source, state)
+            at = bisect_left(order, distance)
+            order.insert(at, distance)
+            ranked.insert(at, candidate)
         if len(order) > CANDIDATES:  # the nearest are what the lookup is about
             for distance in order[CANDIDATES:]:
                 del known[distance]
-            del order[CANDIDATES:]
+            del order[CANDIDATES:], ranked[CANDIDATES:]
 
-    def _survey(self, path: _Path) -> list[int]:
-        """The distances of those to ask, nearest first, among the k nearest that aren't late. Notes if it is over."""
-        waiting: list[int] = []
+    def _survey(self, path: _Path) -> list[_Candidate]:
+        """Those to ask, nearest first, among the k nearest that aren't late. Notes if it is over."""
+        if path.waiting is not None:
+            return path.waiting
+        waiting: list[_Candidate] = []
         answered = in_flight = late = holders = 0
-        state, goal, gave, k = self._state, path.goal, path.gave, path.k
-        for distance in path.order:
-            now = state.get(distance ^ goal)
-            if now is None:
-                waiting.append(distance)
-            elif now == _ANSWERED:
+        left = path.k
+        for candidate in path.ranked:
+            state = candidate.state
+            if state is None:
+                waiting.append(candidate)
+            elif state == _ANSWERED:
                 answered += 1
-                holders += distance in gave
-            elif now == _LATE:
+                holders += candidate.gave
+            elif state == _LATE:
                 late += 1
                 continue
             else:
                 in_flight += 1
-            if answered + in_flight + len(waiting) == k:
+            left -= 1
+            if not left:
                 break
         if path.requests >= REQUESTS:
             waiting = []
         path.is_over = (holders >= path.holders and path.quiet >= QUIET) or (
-            not waiting and not in_flight and (answered >= k or not late or answered > late)
+            not waiting and not in_flight and (answered >= path.k or not late or answered > late)
         )
-        return [] if path.is_over else waiting
+        path.waiting = [] if path.is_over else waiting
+        return path.waiting
 
     def _choose(self, path: _Path, waiting: int) -> int:
         # One goes to the nearest, which leads on; the others to any of the near ones: liars can be the nearest, and not
@@ -334,10 +362,12 @@ class Lookup:
         if balance < FALSE_WORDS:
             return
         for path in self.paths:
-            named = [d for d, c in path.known.items() if c.source == source and d ^ path.goal not in self._state]
+            named = [distance for distance, c in path.known.items() if c.source == source and c.state is None]
             for distance in named:
                 self._forget(path, distance)
 
     def _forget(self, path: _Path, distance: int) -> None:
         if path.known.pop(distance, None) is not None:
-            del path.order[bisect_left(path.order, distance)]
+            at = bisect_left(path.order, distance)
+            del path.order[at], path.ranked[at]
+            path.waiting = None

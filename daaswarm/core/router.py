@@ -20,7 +20,8 @@ PRIOR_UNIT_S = 50e-6  # of one row through one expert
 OPTIMISM = 0.9  # a newcomer is thought this much faster than the best known, so that it is tried once
 SMOOTHING = 0.2  # weight of the newest observation: five calls to follow a change
 MOVED = 0.25  # relative change of an estimate that makes plans worth remaking; less is noise
-FORGET_S = 60.0  # a peer not called for this long is a newcomer again, or a slow spell would be for ever
+FORGET_S = 60.0  # a peer not called for this long is a newcomer again, or a slow spell would be for ever, ...
+FORGET_CHOICES = 256  # ... if so many were made meanwhile: who asks rarely would do little but try newcomers
 COOLDOWN_S = 1.0  # after a failure, doubled by each further one
 COOLDOWN_MAX_S = 60.0
 QUEUE_FRESH_S = 1.0  # a queue depth older than this says nothing
@@ -41,14 +42,15 @@ _Estimate = tuple[float, float]  # (fixed s, s per unit)
 class _Peer:
     """What replies taught about one peer, by size class: large batches cost less per row and more on the wire."""
 
-    __slots__ = ("by_size", "cool_until", "failures", "planned", "queue_at", "queue_s", "tie", "used_at")
+    __slots__ = ("by_size", "cool_until", "failures", "planned", "queue_at", "queue_s", "tie", "used_at", "used_in")
 
-    def __init__(self, tie: float, now: float) -> None:
+    def __init__(self, tie: float, now: float, choice: int) -> None:
         self.tie = tie  # so that requesters don't all prefer the same one of several equals
         self.by_size: dict[int, _Estimate] = {}
         self.queue_s = 0.0
         self.queue_at = 0.0
         self.used_at = now
+        self.used_in = choice  # how many choices had been made when it was last heard of
         self.failures = 0
         self.cool_until = 0.0
         self.planned: dict[int, _Estimate] = {}  # what live plans rest on
@@ -168,7 +170,7 @@ class ReplicaRouter:
             fixed_s, unit_s = old[0] + SMOOTHING * (fixed_s - old[0]), old[1] + SMOOTHING * (unit_s - old[1])
         state.by_size[size] = fixed_s, unit_s
         state.queue_s, state.queue_at = queue_depth * service_s, now
-        state.used_at = now
+        state.used_at, state.used_in = now, self._choices
         if state.failures:
             state.failures, state.cool_until = 0, 0.0
             self._plans.clear()
@@ -180,7 +182,7 @@ class ReplicaRouter:
         state = self._get(peer, now)
         state.cool_until = now + min(COOLDOWN_S * 2.0 ** min(state.failures, 16), COOLDOWN_MAX_S)
         state.failures += 1
-        state.used_at = now
+        state.used_at, state.used_in = now, self._choices
         self._plans.clear()
 
     def is_cooling(self, peer: PeerId, now: float) -> bool:
@@ -255,8 +257,8 @@ class ReplicaRouter:
         if state is None:
             if len(self._peers) >= PEERS:
                 del self._peers[min(self._peers, key=lambda known: self._peers[known].used_at)]
-            state = self._peers[peer] = _Peer(self._rng.random(), now)
-        elif now - state.used_at > FORGET_S:
+            state = self._peers[peer] = _Peer(self._rng.random(), now, self._choices)
+        elif now - state.used_at > FORGET_S and self._choices - state.used_in >= FORGET_CHOICES:
             state.by_size.clear()
         return state
 

@@ -56,14 +56,16 @@ class Entry:
 
 
 class _Bucket:
-    """By node number. ``spares`` are ordered by when they were last seen, oldest first."""
+    """By node number. ``spares`` are ordered by when they were last seen, oldest first. No entry has to be asked
+    whether it is there before ``due_at``."""
 
-    __slots__ = ("entries", "refreshed_at", "spares")
+    __slots__ = ("due_at", "entries", "refreshed_at", "spares")
 
     def __init__(self, refreshed_at: float = NEVER) -> None:
         self.entries: dict[int, Entry] = {}
         self.spares: dict[int, Entry] | None = None  # most buckets near to us never have any
         self.refreshed_at = refreshed_at
+        self.due_at = NEVER
 
 
 class RoutingTable:
@@ -73,7 +75,7 @@ class RoutingTable:
         limit_subnets: False where every peer is trusted, as in a swarm with a key, and may sit in one public network.
     """
 
-    __slots__ = ("_buckets", "_limit_subnets", "_number", "_subnets", "k", "own")
+    __slots__ = ("_buckets", "_failing", "_limit_subnets", "_number", "_subnets", "k", "own")
 
     def __init__(self, own: PeerId, k: int = K, *, limit_subnets: bool = True) -> None:
         self.own = own
@@ -81,6 +83,7 @@ class RoutingTable:
         self._number = get_node_number(own)
         self._limit_subnets = limit_subnets
         self._subnets: dict[str, int] = {}  # entries and spares of each network
+        self._failing: set[int] = set()  # node numbers of entries whose last call failed
         self._buckets = [_Bucket()]
 
     def __len__(self) -> int:
@@ -97,7 +100,9 @@ class RoutingTable:
         entry = bucket.entries.get(number)
         if entry is not None:
             entry.seen_at = now
-            entry.failures = 0
+            if entry.failures:
+                entry.failures = 0
+                self._failing.discard(number)
             if entry.contact is not contact and entry.contact.addrs != contact.addrs:
                 return self._move(bucket, number, entry, contact)
             return True
@@ -116,8 +121,11 @@ class RoutingTable:
         entry.failures += 1
         entry.failed_at = now
         if entry.failures < MAX_FAILURES and not bucket.spares:
+            self._failing.add(number)
+            bucket.due_at = NEVER
             return
         del bucket.entries[number]
+        self._failing.discard(number)
         self._count(entry.contact, -1)
         self._fill(bucket)
 
@@ -129,8 +137,8 @@ class RoutingTable:
         buckets = self._buckets
         last = len(buckets) - 1
         bits = away >> (ID_BITS - last)  # bit i, from the left, is 1 where bucket i is nearer than all after it
-        passed = get_node_number(without) if without else -1
-        found: dict[int, Entry] = {}
+        passed = self._failing | {get_node_number(without)} if without else self._failing
+        found: dict[int, dict[int, Entry]] = {}
         for i in range(last):
             if bits >> (last - 1 - i) & 1:
                 _collect(found, buckets[i], goal, passed)
@@ -143,11 +151,29 @@ class RoutingTable:
                     break
                 if not bits >> (last - 1 - i) & 1:
                     _collect(found, buckets[i], goal, passed)
-        return [found[distance].contact for distance in sorted(found)[:n]]
+        return [found[distance][distance ^ goal].contact for distance in sorted(found)[:n]]
 
     def get_entries(self) -> list[Entry]:
         """All contacts in the table, failing ones included, spares not."""
         return [entry for bucket in self._buckets for entry in bucket.entries.values()]
+
+    def get_due(self, now: float, silent_s: float, failing_s: float) -> tuple[list[Entry], float]:
+        """The contacts to ask whether they are there: not seen for ``silent_s``, or ``failing_s`` after they failed.
+        And when to look again."""
+        due: list[Entry] = []
+        again_at = float("inf")
+        for bucket in self._buckets:
+            if bucket.due_at <= now:
+                first = float("inf")
+                for entry in bucket.entries.values():
+                    at = entry.failed_at + failing_s if entry.failures else entry.seen_at + silent_s
+                    if at <= now:
+                        due.append(entry)
+                    if at < first:
+                        first = at
+                bucket.due_at = first
+            again_at = min(again_at, bucket.due_at)
+        return due, again_at
 
     def export(self, limit: int) -> list[Contact]:
         """At most ``limit`` healthy contacts to come back through: of all distances, long-lived ones first."""
@@ -163,14 +189,17 @@ class RoutingTable:
         self._get_bucket(int.from_bytes(target, "big")).refreshed_at = now
 
     def get_stale_targets(self, before: float, limit: int, rng: Rng) -> list[bytes]:
-        """A random id in each of at most ``limit`` buckets in which nothing was looked up since ``before``."""
-        stale = [i for i, bucket in enumerate(self._buckets) if bucket.refreshed_at < before]
+        """A random id in each of at most ``limit`` buckets in which nothing was looked up since ``before``. A full one
+        needs no lookup: its contacts are asked whether they live, and whoever calls us waits among its spares."""
+        k = self.k
+        stale = [i for i, b in enumerate(self._buckets) if b.refreshed_at < before and len(b.entries) < k]
         return [self._get_random_id(i, rng) for i in stale[:limit]]
 
     def shift(self, by_s: float) -> None:
         """The clock was set by ``by_s``; every time noted so far moves with it."""
         for bucket in self._buckets:
             bucket.refreshed_at += by_s
+            bucket.due_at = NEVER
             for entry in (*bucket.entries.values(), *(bucket.spares or {}).values()):
                 entry.since += by_s
                 entry.seen_at += by_s
@@ -195,6 +224,7 @@ class RoutingTable:
                     inside[subnet] = inside.get(subnet, 0) + 1
                     subnets[subnet] = subnets.get(subnet, 0) + 1
             assert max(inside.values(), default=0) <= PER_SUBNET_BUCKET
+        assert self._failing == {get_node_number(e.contact.peer_id) for e in self.get_entries() if e.failures}
         assert subnets == self._subnets and max(subnets.values(), default=0) <= PER_SUBNET
 
     # -- parts --------------------------------------------------------------------------------------------------
@@ -211,6 +241,7 @@ class RoutingTable:
                 return False
             if len(bucket.entries) < self.k:
                 bucket.entries[number] = entry or Entry(contact, now)
+                bucket.due_at = NEVER
                 self._count(contact, 1)
                 return True
             if bucket is not self._buckets[-1] or len(self._buckets) == ID_BITS:
@@ -219,11 +250,13 @@ class RoutingTable:
             bucket = self._get_bucket(number)
         self._count(contact, 1)
         # Full: long-lived contacts are likelier to stay (paper, 2.2), so the newcomer waits, unless one is failing.
-        for old, known in bucket.entries.items():
+        for old, known in bucket.entries.items() if self._failing else ():
             if known.failures:
                 del bucket.entries[old]
+                self._failing.discard(old)
                 self._count(known.contact, -1)
                 bucket.entries[number] = entry or Entry(contact, now)
+                bucket.due_at = NEVER
                 return True
         if bucket.spares is None:
             bucket.spares = {}
@@ -236,6 +269,7 @@ class RoutingTable:
         """A contact has other addresses now; it stays if their networks have room."""
         del bucket.entries[number]
         self._count(entry.contact, -1)
+        self._failing.discard(number)
         if not self._fits(bucket, contact):
             self._fill(bucket)
             return False
@@ -249,6 +283,7 @@ class RoutingTable:
         if bucket.spares:
             number, entry = bucket.spares.popitem()
             bucket.entries[number] = entry
+            bucket.due_at = NEVER
 
     def _fits(self, bucket: _Bucket, contact: Contact) -> bool:
         if not self._limit_subnets or not (subnets := get_subnets(contact.addrs)):
@@ -293,8 +328,8 @@ class RoutingTable:
         return (self._number ^ tail).to_bytes(32, "big")
 
 
-def _collect(found: dict[int, Entry], bucket: _Bucket, goal: int, passed: int) -> None:
-    """Adds the bucket's healthy entries by their distance from ``goal``."""
-    for number, entry in bucket.entries.items():
-        if not entry.failures and number != passed:
-            found[number ^ goal] = entry
+def _collect(found: dict[int, dict[int, Entry]], bucket: _Bucket, goal: int, passed: set[int]) -> None:
+    """Adds by distance from ``goal`` where each entry is. The entries themselves aren't touched: in a simulation they
+    lie scattered over gigabytes."""
+    entries = bucket.entries
+    found.update(dict.fromkeys([number ^ goal for number in entries if number not in passed], entries))

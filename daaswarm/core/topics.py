@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 from daaswarm.core.adverts import AdvertBook, Known
 from daaswarm.core.health import NEVER, HealthTable, State
@@ -104,13 +105,15 @@ class Topics:
 
     def get_hosts(self, root: ModelRoot, now: float) -> list[PeerId]:
         """Who serves it and isn't down, but for this node, in the order in which they came."""
+        own, troubled = self._own, self._health.get_troubled()
         hosts: list[PeerId] = []
         for known in self._book.get_all(root):
             advert = known.advert
-            if not advert.withdrawn and advert.expires_at > now and advert.peer_id != self._own:
-                peer = PeerId(advert.peer_id)
-                if self._health.get_state(peer) is not State.DOWN:
-                    hosts.append(peer)
+            peer = cast("PeerId", advert.peer_id)
+            if peer == own or advert.withdrawn or not advert.expires_at > now:
+                continue
+            if peer not in troubled or self._health.get_state(peer) is not State.DOWN:
+                hosts.append(peer)
         return hosts
 
     def get_followers(self, root: ModelRoot, now: float) -> list[PeerId]:

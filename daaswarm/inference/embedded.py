@@ -17,6 +17,8 @@ from typing import Any
 import msgspec
 import trio
 
+from daaswarm.config import ENV_SWARM_KEY
+from daaswarm.core.swarm_keys import SwarmKey
 from daaswarm.errors import DaaswarmError, ModelError, unwrap_groups
 from daaswarm.types import Dtype, format_range
 
@@ -29,6 +31,9 @@ NOT_THEIRS = (  # settings of this node that a host of its own must not have: ad
     "NETWORK_BOOTSTRAP",
     "NETWORK_LISTEN",
     "NETWORK_ANNOUNCE",
+    "NETWORK_SWARM_KEY_FILE",
+    "NETWORK_ALLOW",
+    "SWARM_KEY",
     "HOST_QUIET_HOURS",
     "HOST_PAUSE_WHEN_BUSY",
     "HOST_UPLOAD",
@@ -78,6 +83,7 @@ async def run_embedded_hosts(
     count: int,
     bootstrap: list[str],
     swarm: str,
+    swarm_key: SwarmKey | None,
     dtype: Dtype,
     across: bool,
     threads: int,
@@ -111,6 +117,8 @@ async def run_embedded_hosts(
                         environment["DAASWARM_HOST_MEMORY"] = UNLIMITED
                         for name in NOT_THEIRS:
                             environment.pop(f"DAASWARM_{name}", None)  # this node's, not theirs
+                        if swarm_key is not None:
+                            environment |= {ENV_SWARM_KEY: swarm_key.text, "DAASWARM_NETWORK_SWARM": swarm_key.swarm_id}
                         process = await trio.lowlevel.open_process(
                             command,
                             stdin=subprocess.PIPE,

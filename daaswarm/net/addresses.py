@@ -9,10 +9,12 @@ from typing import NamedTuple
 from daaswarm.core.signing import get_public_key
 from daaswarm.errors import ConfigError
 from daaswarm.messages import Contact
+from daaswarm.net.interfaces import choose_own
 from daaswarm.types import PeerId
 
 DEFAULT_LISTEN = "/ip4/127.0.0.1/tcp/0"
 MAX_CHARS = 256
+CIRCUIT = "/p2p-circuit"  # between a relay and the peer that is reached through it
 EXAMPLE = "write it like /ip4/192.0.2.7/tcp/4001/p2p/12D3Koo..."
 
 _HOST_PROTOCOLS = ("ip4", "ip6", "dns", "dns4", "dns6")
@@ -23,6 +25,7 @@ class Address(NamedTuple):
     host: str
     port: int
     peer_id: PeerId | None
+    relay: PeerId | None = None  # then host and port are the relay's, through which ``peer_id`` is reached
 
     def __str__(self) -> str:
         return format_address(self)
@@ -47,17 +50,19 @@ def parse_address(text: str) -> Address:
         raise ConfigError(f"{shown} names no host", hint=f"begin with /ip4/, /ip6/ or /dns4/; {EXAMPLE}")
     if len(names) < 2 or names[1] != "tcp":
         raise ConfigError(f"{shown} names no TCP port", hint=EXAMPLE)
-    if names[2:] not in ([], ["p2p"]):
-        raise ConfigError(f"{shown}: /{names[2]} is not supported", hint=EXAMPLE)
-    peer_id = None
-    if len(parts) == 3:
-        get_public_key(parts[2][1])  # refuses what isn't an Ed25519 PeerId
-        peer_id = PeerId(parts[2][1])
-    return Address(names[0], str(parts[0][1]), int(parts[1][1]), peer_id)
+    if names[2:] not in ([], ["p2p"], ["p2p", "p2p-circuit", "p2p"]):
+        raise ConfigError(f"{shown}: /{'/'.join(names[2:])} is not supported", hint=EXAMPLE)
+    peers = [PeerId(value) for name, value in parts if name == "p2p"]
+    for peer in peers:
+        get_public_key(peer)  # refuses what isn't an Ed25519 PeerId
+    relay = peers[0] if len(peers) == 2 else None
+    return Address(names[0], str(parts[0][1]), int(parts[1][1]), peers[-1] if peers else None, relay)
 
 
 def format_address(address: Address) -> str:
     text = f"/{address.protocol}/{address.host}/tcp/{address.port}"
+    if address.relay:
+        text += f"/p2p/{address.relay}{CIRCUIT}"
     return f"{text}/p2p/{address.peer_id}" if address.peer_id else text
 
 
@@ -93,10 +98,13 @@ def parse_contact(text: str) -> Contact:
     return Contact(peer_id=address.peer_id, addrs=[text])
 
 
-def get_announce_addrs(listen: Sequence[Address], announce: Sequence[str], peer_id: PeerId) -> list[str]:
+def get_announce_addrs(
+    listen: Sequence[Address], announce: Sequence[str], peer_id: PeerId, interfaces: Sequence[str] = ()
+) -> list[str]:
     """What others are told to dial: ``announce`` if given, else the bound addresses; each with ``/p2p/ID``.
 
-    An unspecified address (0.0.0.0, ::) is replaced by this machine's own addresses.
+    An unspecified address (0.0.0.0, ::) is replaced by this machine's own addresses that mean something to others
+    (:mod:`daaswarm.net.interfaces`).
 
     Raises:
         ConfigError: an address to announce is bad, or names another peer.
@@ -111,30 +119,17 @@ def get_announce_addrs(listen: Sequence[Address], announce: Sequence[str], peer_
         addresses.append(address)
     if not addresses:
         for address in listen:
-            addresses.extend(_get_reachable(address))
+            addresses.extend(_get_reachable(address, interfaces))
     unique = dict.fromkeys(str(address._replace(peer_id=peer_id)) for address in addresses)
     return list(unique)[:8]
 
 
-def _get_reachable(address: Address) -> list[Address]:
-    if not address.protocol.startswith("ip") or not ipaddress.ip_address(address.host).is_unspecified:
+def is_unspecified(address: Address) -> bool:
+    """Whether it stands for all addresses of the machine."""
+    return address.protocol.startswith("ip") and ipaddress.ip_address(address.host).is_unspecified
+
+
+def _get_reachable(address: Address, interfaces: Sequence[str]) -> list[Address]:
+    if not is_unspecified(address):
         return [address]
-    return [address._replace(host=host) for host in _get_own_hosts(address.protocol)]
-
-
-def _get_own_hosts(protocol: str) -> list[str]:
-    """The address of the interface that leads outside, then loopback. Nothing is sent: connecting UDP only asks the
-    routing table."""
-    import socket
-
-    loopback, family, probe = "127.0.0.1", socket.AF_INET, ("192.0.2.1", 9)
-    if protocol == "ip6":
-        loopback, family, probe = "::1", socket.AF_INET6, ("2001:db8::1", 9)
-    hosts = [loopback]
-    try:
-        with socket.socket(family, socket.SOCK_DGRAM) as sock:
-            sock.connect(probe)
-            hosts.insert(0, sock.getsockname()[0])
-    except OSError:
-        pass  # no route outside: loopback is all there is
-    return list(dict.fromkeys(hosts))
+    return [address._replace(host=host) for host in choose_own(int(address.protocol[2]), interfaces).hosts]

@@ -20,6 +20,7 @@ import trio
 from daaswarm.errors import Busy, ConnectionLost, DaaswarmError, DeadlineExceeded, RemoteProtocolError, TooLarge
 from daaswarm.limits import CALL_S, IDLE_PING_S, WRITE_STALL_S
 from daaswarm.messages import Failure, Ping, Reply, Request
+from daaswarm.net.addresses import CIRCUIT
 from daaswarm.net.carrier import Carrier, Signal
 from daaswarm.net.failures import get_failure
 from daaswarm.net.frames import Buffer, get_size
@@ -66,6 +67,8 @@ class Connection:
         self.peer_id = peer.peer_id
         self.remote_addr = carrier.remote_addr
         self.is_client = is_client
+        self.is_relayed = CIRCUIT in carrier.remote_addr
+        self.is_kept = False  # a relay's, and who is met through it: idle is what it mostly is
         self._carrier = carrier
         self._serving = Serving(self, handler, fast_handler, get_near)
         self._lock = threading.RLock()

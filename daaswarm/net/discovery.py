@@ -58,11 +58,12 @@ class Discovery:
         network: carries the requests; its ``contact`` is what gets published.
         key: this node's key.
         swarm: 32 byte swarm id.
+        is_private: every peer has proven the swarm's key, so that many in one public network are no attack.
     """
 
-    def __init__(self, network: Network, key: SigningKey, swarm: bytes, rng: Rng) -> None:
-        self.kademlia = Kademlia(key, swarm, network.contact, rng)
-        notary = KeyNotary(key, swarm)
+    def __init__(self, network: Network, key: SigningKey, swarm: bytes, rng: Rng, *, is_private: bool = False) -> None:
+        self.kademlia = Kademlia(key, swarm, network.contact, rng, limit_subnets=not is_private)
+        notary = self.notary = KeyNotary(key, swarm)
         self.spreader = Spreader(network, notary, rng, swarm, self.get_known, self._get_pointed)
         self.membership = self.spreader.membership
         self.finder = Finder(network, notary, self.spreader, self.lookup, self.get_known)
@@ -198,7 +199,8 @@ class Discovery:
 
     def note_moved(self, contact: Contact) -> None:
         """A connected peer's addresses changed."""
-        self.kademlia.table.note_seen(contact, time.time())
+        if contact.addrs:
+            self.kademlia.table.note_seen(contact, time.time())
 
     def set_paused(self, paused: bool) -> None:
         """Whether calls are answered now. Those who follow the models learn it; the pointers stay as they are."""

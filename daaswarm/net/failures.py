@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from daaswarm.errors import (
+    BadProof,
     Busy,
     ConfigError,
     ConnectionLost,
@@ -10,9 +11,14 @@ from daaswarm.errors import (
     DeadlineExceeded,
     ExpertError,
     ModelError,
+    NotAllowed,
     Offline,
+    RelayRefused,
     RemoteProtocolError,
     TooLarge,
+    WrongKey,
+    WrongSwarm,
+    WrongVersion,
 )
 from daaswarm.messages import Failure
 
@@ -24,14 +30,20 @@ UNSUPPORTED = "unsupported"
 _BY_CODE: dict[str, type[DaaswarmError]] = {
     kind.code: kind
     for kind in (
+        BadProof,
         ConfigError,
         ConnectionLost,
         DeadlineExceeded,
         ExpertError,
         ModelError,
+        NotAllowed,
         Offline,
+        RelayRefused,
         RemoteProtocolError,
         TooLarge,
+        WrongKey,
+        WrongSwarm,
+        WrongVersion,
     )
 }
 
@@ -59,7 +71,7 @@ def get_error(failure: Failure, peer: str) -> DaaswarmError:
     if kind is None:
         return ExpertError(f"{message} ({_clean(failure.code)})", hint=hint)
     if issubclass(kind, RemoteProtocolError):
-        return RemoteProtocolError(message, hint=hint, reject=False)
+        return kind(message, hint=hint, reject=False)
     return kind(message, hint=hint)
 
 

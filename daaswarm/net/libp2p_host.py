@@ -2,7 +2,8 @@
 
 It listens on loopback only; ``dataplane.py`` splices to it who speaks libp2p at the node's one public port. A stream of
 ``/daaswarm/1/<swarm>`` carries the same frames as between nodes, without our handshake: noise has proven the PeerId
-already, and a peer of another swarm finds no protocol to speak.
+already, and a peer of another swarm finds no protocol to speak. It proves no swarm key, so a node of a private swarm
+runs no such host.
 py-libp2p's traps are kept in here and in ``libp2p_guards.py``: an exception that leaves a handler ends the host, a
 cancelled write poisons the connection, and nothing limits what is received unread.
 """
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from daaswarm.core.allow_list import AllowList
 from daaswarm.errors import ConfigError, ConnectionLost, DaaswarmError
 from daaswarm.limits import CONNECTIONS_PER_PEER, WRITE_STALL_S
 from daaswarm.messages import PROTOCOL_VERSION
@@ -95,7 +97,7 @@ async def open_libp2p_host(
     swarm.auto_connector = NeverConnector(swarm)
     if str(host.get_id()) != identity.peer_id:
         raise ConfigError(f"libp2p derived the PeerId {host.get_id()} from the key of {identity.peer_id}")
-    door = _Door(handler, fast_handler, budget or InboundBudget())
+    door = _Door(handler, fast_handler, budget or InboundBudget(), identity.allowed)
     host.set_stream_handler(TProtocol(get_protocol(identity.swarm)), door.serve)
     failure: Exception | None = None
     async with host.run(listen_addrs=listen):
@@ -122,7 +124,10 @@ async def open_libp2p_host(
 class _Door:
     """Serves streams; nothing that a stream does may raise out of :meth:`serve`."""
 
-    def __init__(self, handler: Handler, fast_handler: FastHandler | None, budget: InboundBudget) -> None:
+    def __init__(
+        self, handler: Handler, fast_handler: FastHandler | None, budget: InboundBudget, allowed: AllowList
+    ) -> None:
+        self._allowed = allowed
         self._handler = handler
         self._fast_handler = fast_handler
         self._budget = budget
@@ -130,6 +135,10 @@ class _Door:
 
     async def serve(self, stream: INetStream) -> None:
         peer_id = PeerId(str(stream.muxed_conn.peer_id))
+        if not self._allowed.admits(peer_id):
+            log.info("refused a libp2p stream of %s: not on the allow-list", peer_id)
+            await _reset(stream)
+            return
         if self._streams.total() >= MAX_STREAMS or self._streams[peer_id] >= CONNECTIONS_PER_PEER:
             log.info("refused a libp2p stream of %s: too many are open", peer_id)
             await _reset(stream)

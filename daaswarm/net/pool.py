@@ -47,8 +47,9 @@ class ShakenHands:
     early: bytes  # bytes that came right behind it
 
 
-Dial = Callable[[str, "PeerId | None"], Awaitable[ShakenHands]]
-"""``(address, expected peer)`` → a proven carrier. Sets no deadline; closes what it opened when it fails."""
+Dial = Callable[[str, "PeerId | None"], Awaitable["ShakenHands | None"]]
+"""``(address, expected peer)`` → a proven carrier; ``None``: the peer has dialled this node instead, and is connected.
+Sets no deadline; closes what it opened when it fails."""
 
 
 @dataclass
@@ -132,11 +133,14 @@ class ConnectionPool:
         return [connection for some in self._by_peer.values() for connection in some]
 
     def get(self, peer_id: PeerId | str) -> Connection | None:
-        """The live connection with a peer, the newest first. Thread-safe."""
+        """The live connection with a peer: the newest that leads through no relay, else the newest. Thread-safe."""
+        relayed = None
         for connection in reversed(self._by_peer.get(PeerId(peer_id), ())):
             if connection.is_open:
-                return connection
-        return None
+                if not connection.is_relayed:
+                    return connection
+                relayed = relayed or connection
+        return relayed
 
     def is_connected(self, peer_id: PeerId) -> bool:
         return self.get(peer_id) is not None
@@ -174,7 +178,7 @@ class ConnectionPool:
     async def connect_addr(self, addr: str) -> Contact:
         with trio.move_on_after(DIAL_S):
             hands = await self._dial_one(addr, None)
-            connection = self.add(hands, is_client=True)
+            connection = self.add(hands, is_client=True) if hands else self._get_come(addr)
             return connection.peer.contact or Contact(peer_id=connection.peer_id, addrs=[addr])
         raise _get_silent([addr], DIAL_S)
 
@@ -244,18 +248,20 @@ class ConnectionPool:
 
     async def _dial(self, contact: Contact, dialling: _Dialling) -> None:
         try:
-            self.add(await self._dial_any(contact), is_client=True)
+            hands = await self._dial_any(contact)
+            if hands is not None:
+                self.add(hands, is_client=True)
         except DaaswarmError as error:
             dialling.error = error
         finally:
             del self._dialling[PeerId(contact.peer_id)]
             dialling.done.set()
 
-    async def _dial_any(self, contact: Contact) -> ShakenHands:
-        """The first of the contact's addresses that answers as that peer."""
+    async def _dial_any(self, contact: Contact) -> ShakenHands | None:
+        """The first of the contact's addresses that answers as that peer; ``None`` if it has dialled this node."""
         if not contact.addrs:
             raise Unreachable(f"{contact.peer_id} gives no address", hint="it only dials; it must connect to this node")
-        winners: list[ShakenHands] = []
+        winners: list[ShakenHands | None] = []
         errors: list[DaaswarmError] = []
 
         async def try_address(addr: str, failed: trio.Event, scope: trio.CancelScope) -> None:
@@ -269,11 +275,11 @@ class ConnectionPool:
                 errors.append(error)
                 failed.set()
                 return
-            if winners:
-                _drop(hands.carrier)
-            else:
+            if not winners:
                 winners.append(hands)
                 scope.cancel()
+            elif hands is not None:
+                _drop(hands.carrier)
 
         try:
             with trio.move_on_after(DIAL_S):
@@ -285,7 +291,8 @@ class ConnectionPool:
                             await failed.wait()
         except BaseException:  # cancelled, perhaps just when one had won
             for hands in winners:
-                _drop(hands.carrier)
+                if hands is not None:
+                    _drop(hands.carrier)
             raise
         if winners:
             return winners[0]
@@ -300,7 +307,7 @@ class ConnectionPool:
         reasons = "; ".join(error.message for error in errors)
         raise Unreachable(f"{contact.peer_id} is not reachable: {reasons}", hint=errors[0].hint)
 
-    async def _dial_one(self, addr: str, expected: PeerId | None) -> ShakenHands:
+    async def _dial_one(self, addr: str, expected: PeerId | None) -> ShakenHands | None:
         try:
             return await self._dial_address(addr, expected)
         except DaaswarmError:
@@ -308,6 +315,13 @@ class ConnectionPool:
         except Exception as error:  # a bug of ours that a stranger's answer, or address, brought to light
             log.exception("dialling %s failed", addr)
             raise Unreachable(f"{addr} can't be dialled: internal error; the log has the details") from error
+
+    def _get_come(self, addr: str) -> Connection:
+        """The connection by which the peer at ``addr`` has dialled this node."""
+        for connection in reversed(self.connections):
+            if connection.is_open and addr.endswith(f"/p2p/{connection.peer_id}"):
+                return connection
+        raise ConnectionLost(f"the connection with the peer at {addr} ended as soon as it was made")
 
     async def _run(self, connection: Connection) -> None:
         try:
@@ -337,7 +351,7 @@ class ConnectionPool:
 def _evict(connections: Sequence[Connection]) -> bool:
     """Close the oldest idle one; ``False`` when all are in use."""
     for connection in connections:
-        if connection.is_open and connection.is_idle:
+        if connection.is_open and connection.is_idle and not connection.is_kept:
             connection.close(ConnectionLost("idle, and its room is needed for a newer connection"))
             return True
     return False

@@ -6,6 +6,7 @@ All of it runs in trio's thread. A task ends with the call's deadline, or when t
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 INLINE_S = 0.01  # of one read's requests are computed inline before the rest get tasks: other peers wait meanwhile
+ECHO_BYTES = 64 * 1024  # of a ping's body that come back; it costs the asker as much as this node
 INTERNAL_ERROR = "internal error; the host's log has the details"
 
 
@@ -85,7 +87,11 @@ class Serving:
 
     def _serve(self, request: RequestReceived, inline: bool) -> None:
         if isinstance(request.message, Ping):
-            self._connection.reply(request.call, Pong(near=self._get_near()))
+            pong = Pong(near=self._get_near(), time=time.time())
+            if request.message.echo and len(request.body) <= ECHO_BYTES:
+                self._connection.reply(request.call, pong, [bytes(request.body)])
+            else:
+                self._connection.reply(request.call, pong)
             return
         if inline and self._fast_handler is not None:
             try:

@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING
 import trio
 
 from daaswarm.config import Config, get_cache_dir
+from daaswarm.core.diagnosis import Step, judge_error
+from daaswarm.core.pacing import TokenBucket
 from daaswarm.core.routing_table import get_node_id
+from daaswarm.core.swarm_keys import SwarmKey
 from daaswarm.errors import ConfigError, DaaswarmError, ExpertError, RemoteProtocolError
 from daaswarm.messages import (
     Contact,
@@ -25,6 +28,8 @@ from daaswarm.messages import (
     FindValue,
     GetAdverts,
     GetModelPart,
+    Meeting,
+    Moved,
     Reopen,
     Reply,
     Request,
@@ -32,14 +37,17 @@ from daaswarm.messages import (
     Store,
 )
 from daaswarm.models.sources import LocalModel, list_models
-from daaswarm.net.addresses import parse_address
+from daaswarm.net.addresses import is_unspecified, parse_address
 from daaswarm.net.dataplane import TcpNetwork
 from daaswarm.net.discovery import Discovery
+from daaswarm.net.interfaces import choose_own
 from daaswarm.node.answering import Answering
+from daaswarm.node.diagnosing import Diagnosing
 from daaswarm.node.hosting import Hosting, Wish
 from daaswarm.node.neighbour import GoodNeighbour
 from daaswarm.node.operating import Operating
 from daaswarm.node.planning import Planning
+from daaswarm.node.reaching import Reaching
 from daaswarm.node.remembering import Remembering
 from daaswarm.node.reporting import Emit, Event
 from daaswarm.node.sharing import Sharing
@@ -88,7 +96,11 @@ class SwarmCoordinator:
         discovery.spreader.get_load = lambda: self.hosting.service.queue_depth if self.hosting.service else 0
         self.answering = Answering(config, network, discovery, self.hosting, nursery)
         self.memory = Remembering(store, network, discovery, is_owner=is_owner)
+        self.reaching = Reaching(config.network, network, discovery)
         self.neighbour = GoodNeighbour(config.host, self.hosting.set_pause)
+        upload, relay = self.neighbour.upload, network.meetings.relay
+        if upload is not None and upload.rate < relay.bucket.rate:
+            relay.bucket = TokenBucket(upload.rate)  # as much again, for what others say to each other
         self.sharing = Sharing(self.hosting, self.neighbour)
         self.operating = Operating(config, network, discovery, self.hosting, store, self.bootstrap)
         self.started_at = time.time()
@@ -134,6 +146,11 @@ class SwarmCoordinator:
             return self.discovery.answer(peer, contact, message), ()
         if isinstance(message, Spreading):
             return await self.discovery.spreader.answer(peer, contact, message), ()
+        if isinstance(message, Meeting):
+            reply = await self.network.meetings.answer(peer, message)
+            if isinstance(message, Moved):
+                self.discovery.note_moved(message.contact)
+            return reply, ()
         if isinstance(message, GetModelPart):
             return await self.sharing.answer(peer, message, deadline_s)
         if isinstance(message, Reopen):
@@ -151,20 +168,23 @@ class SwarmCoordinator:
         check_bootstrap(addresses)
         reached: list[Contact] = []
         refused: list[str] = []
+        causes: list[tuple[str, Step]] = []
 
         async def dial(address: str) -> None:
             try:
                 reached.append(await self.network.connect_addr(address))
             except DaaswarmError as error:  # also Busy, or lost in the handshake: another address may do
                 refused.append(error.message if address in error.message else f"{address}: {error.message}")
+                causes.append((address, judge_error(error)))
 
         async with trio.open_nursery() as nursery:
             for address in addresses:
                 nursery.start_soon(dial, address)
         if addresses and not reached:
+            address, step = min(causes, key=lambda cause: cause[0])
             raise ConfigError(
                 "no bootstrap address led to the swarm: " + "; ".join(sorted(refused)),
-                hint="copy the address from the ready line of a running node; is it running, and is the port open?",
+                hint=f"it fails at {step.name}: {step.next}; step by step: daaswarm network diagnose {address}",
             )
         for text in refused:
             logger.warning("bootstrap %s", text)
@@ -172,6 +192,15 @@ class SwarmCoordinator:
             self.has_bootstrap = True
             self.discovery.join(reached)
             await self.discovery.lookup(get_node_id(self.peer_id), "nodes")
+
+    async def meet(self, contact: Contact) -> None:
+        """A peer that somebody told of, not proven yet: one of the local network."""
+        try:
+            await self.network.connect(contact)
+        except DaaswarmError as error:
+            logger.info("%s of the local network: %s", contact.peer_id, error)
+        else:
+            self.discovery.join([contact])
 
     async def wait_for_libp2p(self) -> None:
         """Until libp2p peers can connect too: what ``ready`` promises."""
@@ -212,8 +241,10 @@ class SwarmCoordinator:
         """Serve experts until cancelled, in the swarm that was met before."""
         async with self.hosting.serve(wish, emit) as served:
             await self.wait_for_libp2p()
+            await self.reaching.wait_settled()
             logger.info("%s", "; ".join(served.ready["lines"]))
-            await emit({"event": "ready", "peer_id": self.peer_id, "addrs": self.addrs, **served.ready})
+            ready = {**served.ready, "lines": served.ready["lines"] + self.reaching.get_lines()}
+            await emit({"event": "ready", "peer_id": self.peer_id, "addrs": self.addrs, **ready})
             if served.balancing is not None:
                 await served.balancing.keep()
             await trio.sleep_forever()
@@ -267,6 +298,14 @@ class SwarmCoordinator:
         await emit({"event": "message", "text": text})
         return count
 
+    def describe_left_out(self) -> list[Event]:
+        """Own addresses that others aren't told, and why, where the node listens on all that the machine has."""
+        if self.config.network.announce:
+            return []
+        versions = {int(each.protocol[2]) for each in self.network.listen_addresses if is_unspecified(each)}
+        choices = [choose_own(version, self.config.network.interfaces) for version in sorted(versions)]
+        return [left._asdict() for choice in choices for left in choice.left_out]
+
     def is_alone(self) -> bool:
         """Whether there is nobody to ask, not even this node itself."""
         return not self.has_bootstrap and self.hosting.service is None and not self.discovery.get_known()
@@ -280,19 +319,34 @@ class SwarmCoordinator:
             "peer_id": self.peer_id,
             "data_dir": str(self.data_dir.path),
             "addrs": self.addrs,
+            "swarm": describe_swarm(self.network.identity.swarm_key, self.config),
             "uptime_s": round(time.time() - self.started_at, 1),
             "tasks": trio.lowlevel.current_statistics().tasks_living,
             "known_peers": [contact.peer_id for contact in self.discovery.get_known()],
+            "left_out": self.describe_left_out(),
             "islands": describe_islands(self.network),
+            "reachability": self.reaching.describe(),
             "hosted": self.hosting.describe(),
             "paused": self.neighbour.describe(),
             "models": [{"name": m.name, "root": m.root, "folder": str(m.folder)} for m in models],
         }
 
+    async def allow(self, peers: list[str]) -> Event:
+        """Meet only these from now on, all if there are none; whom that leaves out is hung up on."""
+        self.network.identity.allowed.replace(peers)
+        closed = sorted(
+            {c.peer_id for c in self.network.connections if not self.network.identity.allowed.admits(c.peer_id)}
+        )
+        for peer in closed:
+            await self.network.disconnect(peer, "not on the allow-list any more")
+        return {"closed": closed}
+
     async def control(self, method: str, params: Event, emit: Emit) -> Event:
         """What commands that attach to this node may ask."""
         if method == "status":
             return await self.get_status()
+        if method == "allow":
+            return await self.allow(params["peers"])
         if method == "infer":
             return await self.infer(params, emit)
         if method == "chat":
@@ -302,6 +356,9 @@ class SwarmCoordinator:
             check_bootstrap(params["bootstrap"])
             await self.bootstrap(params["bootstrap"])
             return await Planning(self.network, self.answering).plan(params, emit)
+        if method == "diagnose":
+            diagnosing = Diagnosing(self.network, self.discovery, self.discovery.notary)
+            return await diagnosing.diagnose(params["peer"], params["bootstrap"], emit)
         if method == "host":
             await self.host(params, emit)
             return {}
@@ -309,6 +366,11 @@ class SwarmCoordinator:
         if result is not None:
             return result
         raise ConfigError(f"unknown method {method!r}", hint="is the node of another version?")
+
+
+def describe_swarm(key: SwarmKey | None, config: Config) -> Event:
+    """The swarm that a node is in."""
+    return {"id": config.network.swarm if key is None else key.swarm_id, "private": key is not None}
 
 
 def describe_islands(network: TcpNetwork) -> list[Event]:

@@ -16,7 +16,6 @@ from daaswarm import __version__
 from daaswarm.api.control import serve_control
 from daaswarm.config import Config, NetworkConfig
 from daaswarm.core.routing_table import get_node_id
-from daaswarm.core.signing import get_swarm_id
 from daaswarm.errors import ConfigError, DaaswarmError
 from daaswarm.messages import Contact, Reply, Request
 from daaswarm.net.addresses import parse_address
@@ -24,9 +23,11 @@ from daaswarm.net.dataplane import open_tcp_network
 from daaswarm.net.discovery import Discovery
 from daaswarm.net.handshake import Identity
 from daaswarm.net.inbound import InboundBudget
+from daaswarm.net.lan import Lan
 from daaswarm.net.network import FastHandler, Handler
 from daaswarm.net.scope import open_service_nursery
 from daaswarm.node.coordinator import SwarmCoordinator, check_bootstrap
+from daaswarm.node.identity import load_identity
 from daaswarm.node.reporting import Emit, Event
 from daaswarm.node.systemd import Systemd
 from daaswarm.node.vigil import Vigil
@@ -58,7 +59,7 @@ async def open_node(
         ConfigError: a bad key or address, a port in use, or a database of a newer program.
     """
     check_addresses(config, listen=listen)
-    identity = Identity(data_dir.load_key(), get_swarm_id(config.network.swarm), f"daaswarm/{__version__}")
+    identity = load_identity(data_dir, config)
     left = trio.Event()
     opened: list[SwarmCoordinator] = []
     failed: list[Exception] = []
@@ -118,14 +119,16 @@ async def _open_parts(
                 fast_handler=handle_inline,
                 listen=[config.network.listen] if listen else [],
                 announce=config.network.announce,
+                interfaces=config.network.interfaces,
                 budget=budget,
             )
         )
-        discovery = Discovery(network, identity.key, identity.swarm, random.Random())
+        is_private = identity.swarm_key is not None
+        discovery = Discovery(network, identity.key, identity.swarm, random.Random(), is_private=is_private)
         nursery = await stack.enter_async_context(open_service_nursery())
         coordinator = SwarmCoordinator(data_dir, config, network, discovery, store, nursery, is_owner=is_owner)
         await nursery.start(discovery.run)
-        if libp2p and config.network.libp2p:
+        if libp2p and config.network.libp2p and not is_private:  # libp2p's streams prove no swarm key
             nursery.start_soon(run_libp2p, coordinator, identity, handle, handle_inline, budget)
         else:
             coordinator.libp2p_settled.set()
@@ -179,13 +182,17 @@ async def run_node(data_dir: DataDir, config: Config, emit: Emit, *, host: Event
             await nursery.start(serve_control, data_dir.socket_path, node.control)
             nursery.start_soon(node.memory.keep_saving)
             nursery.start_soon(node.neighbour.keep_watching)
+            nursery.start_soon(node.reaching.keep)
             nursery.start_soon(Vigil(node.network, node.discovery, node.hosting).keep)
+            if config.network.lan:
+                nursery.start_soon(Lan(node.network.identity.swarm, lambda: node.network.contact, node.meet).run)
             await restore(node, emit)
             if wish is not None:
                 await node.serve(wish, tell)
             else:
                 await node.wait_for_libp2p()
-                lines = describe_binding(config, node.addrs)
+                await node.reaching.wait_settled()
+                lines = describe_binding(config, node.network.direct_addrs) + node.reaching.get_lines()
                 await tell({"event": "ready", "peer_id": node.peer_id, "addrs": node.addrs, "lines": lines})
                 await trio.sleep_forever()
 
@@ -236,7 +243,7 @@ async def open_asker(
     """A node that asks. It accepts connections only if ``serve`` or of hosts that it starts itself."""
     embedded = embedded or not config.network.bootstrap
     if embedded and not serve:  # for hosts on this machine, whatever the settings say of others
-        network = msgspec.structs.replace(config.network, listen=NetworkConfig().listen, announce=[])
+        network = msgspec.structs.replace(config.network, listen=NetworkConfig().listen, announce=[], allow=[])
         config = msgspec.structs.replace(config, network=network)
     async with open_node(data_dir, config, listen=serve or embedded, libp2p=False) as node:
         yield node
@@ -252,7 +259,8 @@ def check_addresses(config: Config, *, listen: bool) -> None:
     ):
         for address in addresses:
             try:
-                parse_address(address)
+                if parse_address(address).relay is not None:
+                    raise ConfigError(f"{address} leads through a relay: a node finds its relays by itself")
             except ConfigError as error:
                 raise ConfigError(f"--{key} {error.message}", hint=hint) from error
     check_bootstrap(config.network.bootstrap)

@@ -57,6 +57,7 @@ class Surveying:
             addrs = list(peer.contact.addrs) if peer.contact is not None else []
             known = found.setdefault(peer.peer_id, describe_peer(peer.peer_id, addrs, peer.agent, time.time()))
             known |= {"connected": True, "agent": peer.agent, "last_seen": time.time()}
+            known["relayed"] = self._network.get_direct(peer.peer_id) is None
         waiting = iter([peer for peer in found.values() if peer["connected"]])
 
         async def ping_some() -> None:
@@ -255,6 +256,7 @@ def describe_peer(peer_id: str, addrs: list[str], agent: str, last_seen: float) 
         "peer_id": peer_id,
         "addrs": list(addrs),
         "connected": False,
+        "relayed": False,  # connected, and only through a relay
         "agent": agent,
         "last_seen": last_seen,
         "rtt_ms": None,

@@ -6,13 +6,18 @@ import gc
 import time
 from typing import Any
 
+import msgspec
 import psutil
 
+from daaswarm.sim.huge_pages import collapse
 from daaswarm.sim.scenario import Scenario, scale
 from daaswarm.sim.wires import get_idle_bytes_s
 from daaswarm.sim.world import Progress, World
 
 GROWTH = ("nodes", "hops_p50", "hops_p99", "record_hops_p50", "record_hops_p99", "lookup_requests_mean")
+SMALLEST = 100  # nodes: below this everybody knows everybody
+GROWTH_MINUTES = 2.0  # hops need no more
+GROWTH_PROBES = 300  # P99 needs some hundreds
 
 
 def run_simulation(scenario: Scenario, progress: Progress) -> tuple[dict[str, Any], World]:
@@ -24,6 +29,7 @@ def run_simulation(scenario: Scenario, progress: Progress) -> tuple[dict[str, An
     try:
         world = World(scenario)
         world.populate()
+        collapse()
         warm_s = time.perf_counter() - started
         process, peak = psutil.Process(), 0
 
@@ -45,19 +51,29 @@ def run_simulation(scenario: Scenario, progress: Progress) -> tuple[dict[str, An
     }, world
 
 
-def run_growth(scenario: Scenario, sizes: list[int], progress: Progress) -> list[dict[str, Any]]:
-    """How lookups grow: the same scenario at each of ``sizes`` nodes, with users and experts in proportion."""
-    rows: list[dict[str, Any]] = []
-    for nodes in sizes:
-        result, _ = run_simulation(scale(scenario, nodes), progress)
-        rows.append({name: result[name] for name in GROWTH})
-    return rows
+def run_growth(scenario: Scenario, progress: Progress) -> list[dict[str, Any]]:
+    """How lookups grow: the same scenario with a hundredth and a tenth of the nodes, users and experts, where that are
+    :data:`SMALLEST` nodes or more; for :data:`GROWTH_MINUTES` at most, and with :data:`GROWTH_PROBES` lookups."""
+    sizes = [scenario.nodes // part for part in (100, 10) if scenario.nodes // part >= SMALLEST]
+    return [pick_growth(run_simulation(shorten(scale(scenario, nodes)), progress)[0]) for nodes in sizes]
+
+
+def pick_growth(result: dict[str, Any]) -> dict[str, Any]:
+    """A row of the table of sizes."""
+    return {name: result[name] for name in GROWTH}
+
+
+def shorten(scenario: Scenario) -> Scenario:
+    """The same for a short time, with as many deaths a minute."""
+    minutes = min(scenario.minutes, GROWTH_MINUTES)
+    churn = scenario.churn * minutes / scenario.minutes
+    return msgspec.structs.replace(scenario, minutes=minutes, churn=churn, probes=GROWTH_PROBES)
 
 
 def summarise(world: World) -> dict[str, Any]:
     """The figures of a run, without those of the machine."""
     scenario, figures, carrier = world.scenario, world.figures, world.carrier
-    served = [before + node.served for before, node in zip(world.served, world.slots, strict=True) if node.liar is None]
+    served = world.get_served()
     mean = sum(served) / len(served)
     node_s = len(world.slots) * scenario.duration_s
     links = world.wires.count_links()

@@ -12,7 +12,7 @@ from msgspec import Meta
 from daaswarm.errors import ConfigError
 
 SCENARIO_BYTES = 1 << 20  # a scenario is small; anything larger is not one
-NODES = 50_000  # at about 300 kB each, what a large machine holds
+NODES = 50_000  # at about 150 kB each 8 GB, what an ordinary machine holds
 USERS = 5_000_000
 
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -75,6 +75,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     # what users do
     calls_per_minute: Annotated[float, Meta(gt=0, le=6_000)] = 1.0  # of each user
     favourites: Annotated[int, Meta(ge=1, le=256)] = 2  # experts that the users of one node use
+    settled: Share = 1.0  # of the nodes whose users have asked for their favourites before the run
     wander: Share = 0.005  # of the calls that go to any other expert
     popularity: Annotated[float, Meta(ge=0, le=3)] = 0.8  # Zipf's exponent, of favourites and of those wandered to
     surges: list[Surge] = []
@@ -102,7 +103,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     storms: list[Storm] = []
 
     # what is measured besides
-    probes: Annotated[int, Meta(ge=0, le=1_000_000)] = 1_000  # lookups of random ids by random nodes, over the run
+    probes: Annotated[int, Meta(ge=0, le=1_000_000)] = 500  # lookups of random ids by random nodes, over the run
 
     @property
     def duration_s(self) -> float:
@@ -110,7 +111,8 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def load_scenario(path: Path | None, **overrides: Any) -> Scenario:
-    """A scenario file with flags on top; without a file, the built-in scenario. ``None`` overrides nothing.
+    """A scenario file with flags on top; without a file, the built-in scenario. ``None`` overrides nothing. Where only
+    the nodes are said, there is an expert for each ten and there are ten users to each.
 
     Raises:
         ConfigError: the file can't be read, isn't TOML, or says something that isn't possible.
@@ -126,10 +128,15 @@ def load_scenario(path: Path | None, **overrides: Any) -> Scenario:
         except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not TOML: {error}", hint="docs/how-to/simulate-a-swarm.md has one") from error
     document |= {name: value for name, value in overrides.items() if value is not None}
+    nodes = document.get("nodes")
+    if isinstance(nodes, int) and 0 < nodes <= NODES:
+        document = {"experts": max(nodes // 10, 1), "users": 10 * nodes} | document
     try:
         scenario = msgspec.convert(document, Scenario)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"scenario: {error}", hint="docs/how-to/simulate-a-swarm.md lists all settings") from error
+        raise ConfigError(
+            f"scenario {path or ''}: {error}", hint="docs/how-to/simulate-a-swarm.md lists all settings"
+        ) from error
     return _check(scenario)
 
 

@@ -23,17 +23,19 @@ class Host:
     def __init__(self, node: SimNode) -> None:
         self._node = node
         self._admission: Admission | None = None  # most hosts of a large swarm are rarely called
-        self._service_s = 0.0
+        self._service_s = node.world.scenario.service_ms / 1_000 * node.world.effects.lognormvariate(0.0, SPEEDS)
         self._is_busy = False
         self._rpcs: dict[Ticket, Rpc] = {}
+
+    def get_service_s(self) -> float:
+        """Of a call, usually."""
+        return self._service_s
 
     def serve(self, rpc: Rpc) -> bool:
         """True: it will be answered, or was."""
         world, node = self._node.world, self._node
         if self._admission is None:
             self._admission = Admission()
-            median_s = world.scenario.service_ms / 1_000
-            self._service_s = median_s * world.effects.lognormvariate(0.0, SPEEDS)
         verdict = self._admission.try_admit(rpc.asker.peer_id, 1, rpc.deadline_s, world.heap.now)
         if not isinstance(verdict, Admitted):
             world.figures.refused += 1

@@ -6,7 +6,8 @@ What a node knows at the start is what the rules of the core lead to in the long
   a bucket was last refreshed at a random time within the refreshing interval; there are connections to all contacts;
 * every pointer lies with the peers nearest to its places, and was published at a random time within the republishing
   interval; its publisher republishes when that has passed;
-* hosts of one expert know each other's adverts. Nobody who only asks knows anything yet.
+* hosts of one expert know each other's adverts. So do the ``settled`` among those whose users ask for it: they follow
+  it, have called each of its hosts, and asked some of the others who follow it for news lately.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from daaswarm.core.kademlia import PROBE_S, REFRESH_S
-from daaswarm.core.membership import WANT_S
+from daaswarm.core.membership import MEMBER_S, PULL_S, WANT_S
 from daaswarm.core.places import get_places, get_replicas
 from daaswarm.core.publishing import REPUBLISH_S
 from daaswarm.core.routing_table import ID_BITS, SPARES, K, get_node_id, get_node_number
 from daaswarm.core.signing import MAX_TTL_S
 from daaswarm.messages import Pointer
+from daaswarm.types import ModelRoot
 
 if TYPE_CHECKING:
     from daaswarm.sim.node import SimNode
@@ -41,6 +43,10 @@ def warm_up(world: World, nodes: Sequence[SimNode], rng: random.Random) -> None:
     for node in hosts:
         _place_pointer(world, node, ring, rng)
     _exchange_adverts(world, hosts, rng)
+    for node in hosts:
+        if rng.random() < world.scenario.settled:
+            for root in world.favourites[node.slot]:
+                _acquaint(world, node, root, rng)
 
 
 def get_nearest(ring: Ring, goal: int, n: int) -> list[SimNode]:
@@ -121,3 +127,25 @@ def _exchange_adverts(world: World, hosts: Sequence[SimNode], rng: random.Random
         # Looked for members some time ago: what it would have asked them then is long answered.
         contacts = [other.contact for other in others]
         node.membership.introduce(node.root, contacts, now - WANT_S * rng.random())
+
+
+def _acquaint(world: World, node: SimNode, root: ModelRoot, rng: random.Random) -> None:
+    """The node's users have asked for an expert before."""
+    now, membership = world.heap.now, node.membership
+    membership.follow(root, now)
+    hosts = [host for host in world.get_hosts(root) if host is not node]
+    for host in hosts:
+        signed = host.membership.own.get_signed(root, now)
+        assert signed is not None
+        membership.put(signed, now)
+        world.wires.note_link(node.number, host.number)
+        service_s = host.host.get_service_s()
+        node.router.note_reply(
+            host.peer_id, 1, world.wires.get_rtt_s(node.number, host.number) + service_s, service_s, 0, now
+        )
+    membership.introduce(root, [host.contact for host in hosts], now - WANT_S * rng.random())
+    topic = membership.topics.followed[root]
+    topic.pull_at = now + PULL_S * rng.random()
+    for host in rng.sample(hosts, min(len(hosts), int(MEMBER_S / PULL_S))):
+        host.membership.topics.add_member(root, node.contact, now + MEMBER_S * rng.random())
+    node.found.add(root)

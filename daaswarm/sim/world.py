@@ -41,7 +41,8 @@ class World:
     """A scenario, ready to run.
 
     Attributes:
-        slots: who lives where now, dead or alive; hostile ones come last.
+        slots: who lives where now, dead or alive; hostile ones come last, but for those of storms.
+        favourites: by slot, the experts that its users ask for.
     """
 
     def __init__(self, scenario: Scenario) -> None:
@@ -67,7 +68,7 @@ class World:
         self.slots: list[SimNode] = []
         self.served: list[int] = []  # by slot, by those who are gone
         self._count = 0
-        self._favourites: list[list[ModelRoot]] = []
+        self.favourites: list[list[ModelRoot]] = []
         self.honest = scenario.nodes - round(scenario.hostile * scenario.nodes)
 
     # -- before it begins -------------------------------------------------------------------------------------------
@@ -76,13 +77,15 @@ class World:
         """Everybody who is there from the start, warm (:mod:`daaswarm.sim.warm`), and what is to happen."""
         scenario, rng = self.scenario, self._rng
         for slot in range(self.honest):
-            self._add(self._make(slot, SigningKey(rng.randbytes(32)), slot % scenario.experts))
+            self.add(self._make(slot, SigningKey(rng.randbytes(32)), slot % scenario.experts))
         gang = Gang(scenario.lies, rng)
         keys = [bytes.fromhex(root) for root in self.roots]
         for key in gang.choose_keys(keys, scenario.nodes - self.honest):
             node = self._make(len(self.slots), key, -1, gang)
             gang.add(node)
-            self._add(node)
+            self.add(node)
+        for _ in range(self.honest):
+            self.favourites.append([self._draw() for _ in range(scenario.favourites)])
         warm_up(self, self.slots, rng)
         for node in self.slots:
             if node.liar is None:
@@ -101,8 +104,6 @@ class World:
             heap.at(START + cut.at_s + cut.for_s, self._heal)
         for i in range(scenario.probes):
             heap.at(START + scenario.duration_s * (i + rng.random()) / scenario.probes, self._probe)
-        for _ in range(self.honest):
-            self._favourites.append([self._draw() for _ in range(scenario.favourites)])
         period_s = 60 / scenario.calls_per_minute
         for user in range(scenario.users):
             heap.at(START + period_s * self._users.random(), self._wish, user % self.honest)
@@ -134,8 +135,13 @@ class World:
         """What a user at this place asks for next."""
         if self._users.random() < self.scenario.wander:
             return self._draw()
-        favourites = self._favourites[slot]
+        favourites = self.favourites[slot]
         return favourites[int(self._users.random() * len(favourites))]
+
+    def get_served(self) -> list[int]:
+        """Calls computed at each place of an honest node, by all who had it."""
+        nodes = zip(self.served, self.slots, strict=True)
+        return [before + node.served for before, node in nodes if node.liar is None]
 
     def validate(self) -> None:
         """Asserts the invariants of every core."""
@@ -153,7 +159,8 @@ class World:
         rng = random.Random(f"node-{self.scenario.seed}-{number}")
         return SimNode(self, number, slot, key, contact, rng, expert=expert, liar=liar)
 
-    def _add(self, node: SimNode) -> None:
+    def add(self, node: SimNode) -> None:
+        """It is there from now on, at its slot, which may have been another's."""
         self.carrier.peers[node.peer_id] = node
         self.wires.place(node.number)
         if node.slot < len(self.slots):
@@ -190,7 +197,7 @@ class World:
     def _start(self, slot: int, expert: int) -> None:
         node = self._make(slot, SigningKey(self._rng.randbytes(32)), expert)
         seeds = self._pick_seeds()
-        self._add(node)
+        self.add(node)
         node.start_ticking(self._rng)
         node.join(seeds)
         self.heap.at(self.heap.now + LOAD_S, node.advertise)

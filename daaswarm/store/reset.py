@@ -19,10 +19,10 @@ MADE = re.compile(
     rf"node\.db({SIDE})?"
     rf"|node\.db\.corrupt-\d{{8}}T\d{{6}}Z(-\d+)?({SIDE})?"  # see files.set_aside
     r"|chat-history(\.new)?|config\.toml\.new|control\.sock"
-    r"|\.identity-[a-z0-9_]{8}"  # see DataDir._create_key
+    r"|\.(identity|swarm)-[a-z0-9_]{8}"  # see DataDir._create_key and store/swarm_keys.py
 )
 LOGS = re.compile(rf"node\.log(\.[1-{LOG_FILES - 1}])?")  # in the folder of logs, which goes when it is empty then
-KEPT_UNLESS_ALL = ("identity.key", "config.toml")
+KEPT_UNLESS_ALL = re.compile(r"identity\.key|config\.toml|[^/]+\.swarm-key")
 LEFT = ("node.lock",)
 
 
@@ -62,7 +62,7 @@ def plan_reset(data_dir: DataDir, *, everything: bool) -> ResetPlan:
         for path in sorted(data_dir.path.iterdir()):
             if path.name in LEFT:
                 continue
-            if path.name in KEPT_UNLESS_ALL:
+            if KEPT_UNLESS_ALL.fullmatch(path.name):
                 (doomed if everything else kept).append(path)
             elif path == data_dir.log_path.parent and path.is_symlink():
                 doomed.append(path)  # the logs behind it are where their owner wants them

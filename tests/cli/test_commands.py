@@ -249,7 +249,7 @@ def test_completion_knows_keys_and_models() -> None:
     from daaswarm.cli.config import get_completions
     from daaswarm.cli.host_expert import complete_models
 
-    assert get_completions("network.l") == ["network.listen", "network.libp2p"]
+    assert get_completions("network.l") == ["network.listen", "network.libp2p", "network.lan"]
     assert complete_models("smol") == [DEFAULT_MODEL]
 
 

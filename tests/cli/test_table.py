@@ -100,9 +100,10 @@ GROUPS = sorted({tuple(command.words[:-1]) for command in COMMANDS})
 # These need no settings, are there to mend them, or ask a node that has read them.
 WITHOUT_SETTINGS = {
     "completion show", "completion install", "config path", "logs", "reset", "bench expert", "peers list",
-    "expert deploy", "expert remove", "model list", "model remove", "bench dht",
+    "expert deploy", "expert remove", "model list", "model remove", "bench dht", "bench sim",
+    "swarm create", "swarm add", "swarm remove",
 }  # fmt: skip
-WITHOUT_FOLDER = {"completion show", "completion install", "bench expert", "bench parity", "bench dht"}
+WITHOUT_FOLDER = {"completion show", "completion install", "bench expert", "bench parity", "bench dht", "bench sim"}
 
 
 def for_each(wanted: Callable[[Command], bool]) -> Any:
@@ -178,9 +179,12 @@ def test_a_data_directory_that_is_a_file(command: Command, refused: Callable[...
 
 def make_valid(command: Command) -> list[str]:
     """Arguments that are right, so that what is wrong is something else."""
-    return {"config get": ["infer.model"], "config set": ["infer.max_tokens", "3"]}.get(
-        " ".join(command.words), command.fill()
-    )
+    return {
+        "config get": ["infer.model"],
+        "config set": ["infer.max_tokens", "3"],
+        "swarm allow": [SOMEONE],
+        "swarm disallow": [SOMEONE],
+    }.get(" ".join(command.words), command.fill())
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=" ".join)
@@ -223,7 +227,7 @@ BAD: list[tuple[list[str], list[str], int, str, str]] = [
     (["infer"], ["Hi", "--announce", "/ip4/192.0.2.1/tcp/1"], 2, "--announce", "both"),
     (["infer"], ["Hi", "--bootstrap", "nonsense"], 2, "nonsense", ""),
     (["infer"], ["Hi", "--bootstrap", "/ip4/127.0.0.1/tcp/1"], 2, "names no PeerId", "/p2p/"),
-    (["infer"], ["Hi", "--model", "MOE", "--bootstrap", ADDRESS], 2, "Connection refused", "ready line"),
+    (["infer"], ["Hi", "--model", "MOE", "--bootstrap", ADDRESS], 2, "Connection refused", "network diagnose"),
     (["infer"], ["Hi", "--model", "MOE", "--listen", "somewhere"], 2, "--listen 'somewhere'", "/ip4/0.0.0.0"),
     (["host-expert"], ["gpt-17"], 2, "gpt-17", ""),
     (["host-expert"], ["MOE", "--layers", "9"], 2, "not in 9", "0-2"),
@@ -236,11 +240,11 @@ BAD: list[tuple[list[str], list[str], int, str, str]] = [
     (["host-expert"], ["MOE", "--memory", "lots"], 2, "lots", "4GB"),
     (["host-expert"], ["MOE", "--memory", "1"], 2, "not one expert fits", ""),
     (["host-expert"], ["MOE", "--listen", "/ip4/127.0.0.1/udp/1"], 2, "udp", "/ip4/0.0.0.0"),
-    (["host-expert"], ["MOE", "--bootstrap", ADDRESS], 2, "Connection refused", "ready line"),
+    (["host-expert"], ["MOE", "--bootstrap", ADDRESS], 2, "Connection refused", "network diagnose"),
     (["join"], ["--listen", "somewhere"], 2, "--listen 'somewhere'", "/ip4/0.0.0.0"),
     (["join"], ["--listen", "/ip4/192.0.2.1/tcp/0"], 2, "cannot listen", ""),
     (["join"], ["--announce", "me", "--listen", "/ip4/127.0.0.1/tcp/0"], 2, "--announce 'me'", "others can dial"),
-    (["join"], ["--bootstrap", ADDRESS], 2, "Connection refused", "ready line"),
+    (["join"], ["--bootstrap", ADDRESS], 2, "Connection refused", "network diagnose"),
     (["join"], ["--bootstrap", ""], 2, "is not", ""),
     (["status"], ["--data-dir", "no-such-folder"], 2, "no data directory no-such-folder", "daaswarm init"),
     (["logs"], ["--level", "loud"], 2, "loud", "warning"),
@@ -284,6 +288,23 @@ BAD: list[tuple[list[str], list[str], int, str, str]] = [
     (["bench", "parity"], ["--dtype", "f64"], 2, "f64", "bf16"),
     (["bench", "parity"], ["--hosts", "0"], 2, "--hosts", "--help"),
     (["bench", "parity"], ["--model", "gpt-17"], 2, "gpt-17", ""),
+    (["bench", "sim"], ["--nodes", "1"], 2, "--nodes", "--help"),
+    (["bench", "sim"], ["--nodes", "10", "--experts", "11"], 2, "11 experts on 10", "--experts 10"),
+    (["bench", "sim"], ["--hostile", "1"], 2, "--hostile", "--help"),
+    (["bench", "sim"], ["no-such.toml"], 2, "no-such.toml", "TOML"),
+    (["join"], ["--swarm-id", "home@k3x7q2m4a5bcd2ef"], 2, "its key is not here", "swarm add"),
+    (["join"], ["--swarm-key", "absent"], 2, "absent", "path"),
+    (["infer"], ["Hi", "--swarm-key", ""], 2, "--swarm-key", "file"),
+    (["swarm", "create"], ["main"], 2, "main", "another name"),
+    (["swarm", "create"], ["a/b"], 2, "a/b", "letters"),
+    (["swarm", "add"], ["absent"], 2, "absent", "path"),
+    (["swarm", "show"], ["home"], 2, "home", "home@"),
+    (["swarm", "show"], ["--key"], 2, "main", "swarm list"),
+    (["swarm", "remove"], ["home@k3x7q2m4a5bcd2ef"], 2, "not here", "swarm list"),
+    (["swarm", "allow"], ["12D3KooW"], 2, "network.allow", "12D3Koo"),
+    (["swarm", "disallow"], [SOMEONE], 2, SOMEONE, "swarm show"),
+    (["network", "diagnose"], ["nonsense"], 2, "nonsense", "12D3Koo"),
+    (["network", "diagnose"], ["/ip4/1.2.3/tcp/1"], 2, "/ip4/1.2.3/tcp/1", "write it like"),
     (["bench", "dht"], ["--peers", "1"], 2, "--peers", "--help"),
     (["bench", "dht"], ["--kill", "1.5"], 2, "--kill", "--help"),
 ]  # fmt: skip
@@ -347,6 +368,10 @@ GOOD: list[tuple[list[str], str]] = [
     (["config", "path"], "path"),
     (["logs"], "records"),
     (["peers", "list"], "peers"),
+    (["swarm", "create", "home"], "swarm_id"),
+    (["swarm", "list"], "swarms"),
+    (["swarm", "show"], "private"),
+    (["swarm", "allow", SOMEONE], "allow"),
     (["expert", "list"], "hosted"),
     (["model", "list"], "models"),
     (["reset", "--yes"], "removed"),

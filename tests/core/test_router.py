@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from swarm_driver import NOW
 
-from daaswarm.core.router import COOLDOWN_MAX_S, COOLDOWN_S, EXPLORE_EVERY, FORGET_S, PLAN_S, ReplicaRouter
+from daaswarm.core.router import (
+    COOLDOWN_MAX_S,
+    COOLDOWN_S,
+    EXPLORE_EVERY,
+    FORGET_CHOICES,
+    FORGET_S,
+    PLAN_S,
+    ReplicaRouter,
+)
 from daaswarm.errors import NoPeerCouldServe
 from daaswarm.types import PeerId
 
@@ -167,7 +175,10 @@ def test_newcomers_are_tried_and_old_grudges_end() -> None:
     assert B not in router.choose(0, SLICES, held_by(A, B), NOW)
     later = NOW + FORGET_S + 1
     reply(router, A, 100e-6, now=later)
-    assert B in router.choose(0, SLICES, held_by(A, B), later)
+    assert B not in router.choose(0, SLICES, held_by(A, B), later), "who asks rarely doesn't forget so soon"
+    for _ in range(FORGET_CHOICES):
+        router.choose(0, SLICES, held_by(A, B), later)
+    assert B in router.choose(0, SLICES, held_by(A, B), later + PLAN_S)
 
 
 def test_batches_and_single_rows_are_learnt_apart() -> None:

@@ -141,17 +141,30 @@ def test_a_contact_without_spares_gets_a_second_chance_and_new_addresses() -> No
     assert contact.peer_id not in table
 
 
-def test_stale_targets_fall_into_their_buckets() -> None:
+def test_stale_targets_fall_into_their_buckets_that_have_room() -> None:
+    def get_prefix(target: bytes) -> int:
+        return 256 - compute_distance(target, get_node_id(OWN)).bit_length()
+
     table = RoutingTable(OWN, K)
     for n in range(1, 64):
         table.note_seen(make_contact(n), NOW)
     rng = random.Random(1)
+    prefixes = [get_prefix(get_node_id(entry.contact.peer_id)) for entry in table.get_entries()]
+    full = {prefix for prefix in prefixes if prefixes.count(prefix) == K}
+    assert len(full) > 1
+    (far,) = [e for e in table.get_entries() if get_prefix(get_node_id(e.contact.peer_id)) == 1][:1]
+    for _ in range(12):  # its spares and itself
+        table.note_failed(PeerId(far.contact.peer_id), NOW)
+        in_bucket = [e for e in table.get_entries() if get_prefix(get_node_id(e.contact.peer_id)) == 1]
+        if len(in_bucket) < K:
+            break
+        (far,) = in_bucket[:1]
     targets = table.get_stale_targets(NOW, 100, rng)
-    assert len(targets) > 2
+    assert 1 in {get_prefix(target) for target in targets} and 0 not in {get_prefix(target) for target in targets}
     for target in targets:
         table.note_refreshed(target, NOW)
     assert table.get_stale_targets(NOW, 100, rng) == [], "each target was in a bucket of its own"
-    assert len(table.get_stale_targets(NOW + 1, 2, rng)) == 2
+    assert len(table.get_stale_targets(NOW + 1, 1, rng)) == 1
 
 
 def at(n: int, *addrs: str) -> Contact:
@@ -219,3 +232,22 @@ def test_what_is_exported_comes_from_all_distances_and_is_healthy() -> None:
     prefixes = {compute_distance(get_node_id(c.peer_id), get_node_id(OWN)).bit_length() for c in exported}
     assert len(prefixes) >= 4
     assert len(table.export(1000)) == len(table) - len(failing)
+
+
+def test_who_was_silent_for_long_or_failed_is_due_once_seen_no_more() -> None:
+    silent_s, failing_s = 300.0, 5.0
+    table = RoutingTable(OWN, K)
+    first, second = make_contact(1), make_contact(2)
+    table.note_seen(first, NOW)
+    table.note_seen(second, NOW + 100)
+    assert table.get_due(NOW + 100, silent_s, failing_s) == ([], NOW + 300)
+    due, again_at = table.get_due(NOW + 300, silent_s, failing_s)
+    assert [entry.contact for entry in due] == [first] and again_at == NOW + 300
+    table.note_seen(first, NOW + 301)
+    assert table.get_due(NOW + 302, silent_s, failing_s) == ([], NOW + 400)
+    table.note_failed(PeerId(first.peer_id), NOW + 303)
+    assert table.get_due(NOW + 304, silent_s, failing_s) == ([], NOW + 308)
+    assert [entry.contact for entry in table.get_due(NOW + 308, silent_s, failing_s)[0]] == [first]
+    table.shift(-100)
+    assert [entry.contact for entry in table.get_due(NOW + 208, silent_s, failing_s)[0]] == [first]
+    table.validate()

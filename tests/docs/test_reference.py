@@ -98,6 +98,7 @@ def get_result_keys(module: str, function: str) -> set[str]:
         ("node/coordinator", "serve"),
         ("node/coordinator", "describe_islands"),
         ("node/planning", "describe_estimate"),
+        ("node/reaching", "describe"),
         ("node/hosting", "describe"),
         ("node/hosting", "serve"),
         ("node/answering", "answer"),

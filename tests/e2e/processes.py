@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ def get_environment(**extra: str) -> dict[str, str]:
     return {**environment, "DAASWARM_HOST_THREADS": "1", "DAASWARM_INFER_THREADS": "1", **extra}
 
 
-def run(*arguments: str, input: str | None = None, timeout: float = ANSWER_S, **extra: str) -> Any:
-    """One command to its end."""
+def run(
+    *arguments: str, input: str | None = None, timeout: float = ANSWER_S, prefix: Sequence[str] = (), **extra: str
+) -> Any:
+    """One command to its end; ``prefix``: what comes before it, as ``ip netns exec NAME``."""
     return subprocess.run(
-        [sys.executable, "-m", "daaswarm", *arguments],
+        [*prefix, sys.executable, "-m", "daaswarm", *arguments],
         input=input,
         capture_output=True,
         text=True,
@@ -47,9 +49,9 @@ def run_json(*arguments: str, code: int = 0, **kwargs: Any) -> dict[str, Any]:
 class Running:
     """A command that runs for a while; its JSON lines can be waited for."""
 
-    def __init__(self, *arguments: str, **extra: str) -> None:
+    def __init__(self, *arguments: str, prefix: Sequence[str] = (), **extra: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "daaswarm", *arguments, "--json"],
+            [*prefix, sys.executable, "-m", "daaswarm", *arguments, "--json"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -104,9 +106,9 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(*arguments: str, **extra: str) -> Iterator[Running]:
+def running(*arguments: str, prefix: Sequence[str] = (), **extra: str) -> Iterator[Running]:
     """A command until the end of the block, then SIGKILL if it still runs."""
-    command = Running(*arguments, **extra)
+    command = Running(*arguments, prefix=prefix, **extra)
     try:
         yield command
     finally:

@@ -47,7 +47,7 @@ def tiny(moe: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 @functools.cache
-def get_reference_text(folder: Path, prompt: str) -> str:
+def get_reference_text(folder: Path, prompt: str, tokens: int = TOKENS) -> str:
     """transformers' own greedy text for the same weights."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -58,7 +58,7 @@ def get_reference_text(folder: Path, prompt: str) -> str:
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     with torch.inference_mode():
-        made = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False, pad_token_id=0)
+        made = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
     return tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

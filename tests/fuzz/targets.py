@@ -11,6 +11,7 @@ import functools
 import struct
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -19,6 +20,7 @@ from daaswarm import messages
 from daaswarm.core import adverts, signing
 from daaswarm.core.adverts import AdvertBook, from_bitmap, get_missing, rank_dtypes, to_bitmap
 from daaswarm.core.record_store import RecordStore
+from daaswarm.core.swarm_keys import SwarmKey
 from daaswarm.errors import Busy, ConfigError, ConnectionLost, DaaswarmError, ModelError, RemoteProtocolError, TooLarge
 from daaswarm.limits import CALL_BODY_BYTES, CALLS_PER_PEER, CHUNK_BYTES, CONTROL_BYTES, MIB, WINDOW_BYTES
 from daaswarm.messages import Advert, Contact, ExpertCall, ExpertReply, Failure, Hello, Ping, Pointer, Pong, Signed
@@ -36,6 +38,7 @@ from tests.fuzz.source import Source
 
 SWARM = bytes(range(32))
 BINDING = bytes(32)
+KEY, OTHER_KEY = SwarmKey("fuzz", bytes(32)), SwarmKey("fuzz", bytes([1]) * 32)
 HONEST = Identity.from_seed(bytes([1]) * 32, SWARM, "honest")
 SERVER = Identity.from_seed(bytes([2]) * 32, SWARM, "server")
 CALL = ExpertCall(model_root="ab" * 32, layer=0, experts=[1], dtype="f32", rows=1, hidden=8)
@@ -207,17 +210,28 @@ def _answer(side: Session, piece: bytes, expected: dict[object, int], damaged: b
 
 
 def fuzz_handshake(data: bytes) -> None:
-    """Both sides of a handshake against a peer that is honest, or nearly, or not at all."""
+    """Both sides of a handshake against a peer that is honest, or nearly, or not at all; in a private swarm too,
+    against one with or without its key."""
     source = Source(data)
-    if source.number() & 1:
-        server = ServerHandshake(SERVER, Contact(peer_id=SERVER.peer_id, addrs=[]), BINDING)
+    role = source.number()
+    key = KEY if role & 2 else None
+    theirs = OTHER_KEY if key is not None and role & 4 else key
+    mine = replace(SERVER if role & 1 else HONEST, swarm_key=key)
+    if role & 1:
+        server = ServerHandshake(mine, Contact(peer_id=SERVER.peer_id, addrs=[]), BINDING)
         server._nonce = SWARM  # drawn at random; a finding must be repeatable
-        peer = ClientHandshake(HONEST, Contact(peer_id=HONEST.peer_id, addrs=["/ip4/127.0.0.1/tcp/1"]), BINDING, PEER)
-        said, side, expected = peer.receive(_get_only_frame(server.start())), server, HONEST.peer_id
+        contact = Contact(peer_id=HONEST.peer_id, addrs=["/ip4/127.0.0.1/tcp/1"])
+        peer = ClientHandshake(replace(HONEST, swarm_key=theirs), contact, BINDING, PEER)
+        proof = b"" if theirs is None else theirs.prove_server(BINDING, SWARM, PEER)
+        hello = Hello(nonce=SWARM, swarm=mine.swarm_name, key_proof=proof)
+        server.start()
+        said = peer.receive(_get_only_frame(encode_handshake(messages.encode(hello))))
+        side, expected = server, HONEST.peer_id
     else:
-        client = ClientHandshake(HONEST, None, BINDING, PEER)
-        hello = encode_handshake(messages.encode(Hello(nonce=BINDING, swarm=SWARM)))
-        said, side, expected = hello + WELCOME, client, PEER
+        proof = b"" if theirs is None else theirs.prove_server(BINDING, BINDING, PEER)
+        hello = Hello(nonce=BINDING, swarm=mine.swarm_name, key_proof=proof)
+        said = encode_handshake(messages.encode(hello)) + WELCOME
+        side, expected = ClientHandshake(mine, None, BINDING, PEER), PEER
     stream = source.damage(said) if source.number() & 1 else said
     if source.number() & 1:
         at = source.number(2) % (len(stream) + 1)
@@ -235,6 +249,7 @@ def fuzz_handshake(data: bytes) -> None:
         assert parser.buffered_bytes <= HEAD_BYTES + HANDSHAKE_BYTES + 512
     if side.peer is not None:
         assert side.peer.peer_id == expected, "a peer was believed that proved nothing"
+        assert theirs is key, "a peer got in without the swarm's key"
         assert side.peer.contact is None or side.peer.contact.peer_id == expected
     assert side.error is None or isinstance(side.error, DaaswarmError)
 
@@ -386,7 +401,7 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
     "frames": (fuzz_frames, [b"\0" + encode_head(Kind.BODY, 1, body=2) + b"ab", b"\1" + encode_handshake(b"hi")]),
     "session": (fuzz_session, [bytes([role, *range(8)]) * 8 for role in (0, 1)]),
     "conversation": (fuzz_conversation, [bytes([1, 0, 0, 0, 0, 0, 0, 0]) * 20, bytes([1, 3, 1, 7, 0, 255, 9, 9]) * 12]),
-    "handshake": (fuzz_handshake, [bytes([role, damage, 0, 1, 7]) * 4 for role in (0, 1) for damage in (0, 1)]),
+    "handshake": (fuzz_handshake, [bytes([role, damage, 0, 1, 7]) * 4 for role in range(8) for damage in (0, 1)]),
     "messages": (
         fuzz_messages,
         [

@@ -6,7 +6,7 @@ from net_helpers import get_identity
 from daaswarm.errors import ConfigError
 from daaswarm.net.addresses import Address, get_announce_addrs, get_origin, parse_address, parse_contact
 
-PEER = get_identity(1).peer_id
+PEER, OTHER = get_identity(1).peer_id, get_identity(2).peer_id
 
 
 @pytest.mark.parametrize(
@@ -16,10 +16,11 @@ PEER = get_identity(1).peer_id
         (f"/ip4/192.0.2.7/tcp/4001/p2p/{PEER}", ("ip4", "192.0.2.7", 4001, PEER)),
         (f"/ip6/::1/tcp/1/p2p/{PEER}", ("ip6", "::1", 1, PEER)),
         (f"/dns4/example.org/tcp/443/p2p/{PEER}", ("dns4", "example.org", 443, PEER)),
+        (f"/ip4/192.0.2.7/tcp/4001/p2p/{OTHER}/p2p-circuit/p2p/{PEER}", ("ip4", "192.0.2.7", 4001, PEER, OTHER)),
     ],
 )
 def test_round_trip(text, expected):
-    assert parse_address(text) == expected
+    assert parse_address(text) == Address(*expected)
     assert str(Address(*expected)) == text
 
 
@@ -58,7 +59,10 @@ def test_announce():
     assert get_announce_addrs(bound, [], PEER) == [f"/ip4/127.0.0.1/tcp/4001/p2p/{PEER}"]
     assert get_announce_addrs(bound, ["/dns4/example.org/tcp/1"], PEER) == [f"/dns4/example.org/tcp/1/p2p/{PEER}"]
     anywhere = get_announce_addrs([Address("ip4", "0.0.0.0", 4001, None)], [], PEER)
-    assert f"/ip4/127.0.0.1/tcp/4001/p2p/{PEER}" in anywhere and not any("0.0.0.0" in addr for addr in anywhere)
+    assert anywhere and not any("0.0.0.0" in addr for addr in anywhere)
+    assert all(addr.endswith(f"/tcp/4001/p2p/{PEER}") for addr in anywhere)
+    none = get_announce_addrs([Address("ip4", "0.0.0.0", 4001, None)], [], PEER, ["no such interface"])
+    assert none == [f"/ip4/127.0.0.1/tcp/4001/p2p/{PEER}"]
     with pytest.raises(ConfigError, match="this node is"):
         get_announce_addrs(bound, [f"/ip4/192.0.2.7/tcp/1/p2p/{get_identity(2).peer_id}"], PEER)
 

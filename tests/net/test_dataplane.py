@@ -15,7 +15,8 @@ from daaswarm.errors import Unreachable
 from daaswarm.limits import HANDSHAKES_PER_ADDRESS
 from daaswarm.messages import Contact, ExpertReply, Ping, Pong, Reply
 from daaswarm.net.addresses import Address
-from daaswarm.net.dataplane import LOOKUPS, _connect, open_tcp_network
+from daaswarm.net.dataplane import open_tcp_network
+from daaswarm.net.sockets import LOOKUPS, connect
 from daaswarm.net.splice import HTTP_BYTE, MULTISTREAM_BYTE, SPLICES_PER_ADDRESS
 
 
@@ -26,7 +27,7 @@ async def test_calls_over_tls():
         open_tcp_network(get_identity(3), handler=serve, listen=[]) as c,
     ):
         assert b.contact is not None and c.contact is None
-        assert (await a.call(b.contact, Ping(), deadline_s=5))[0] == Pong()
+        assert isinstance((await a.call(b.contact, Ping(), deadline_s=5))[0], Pong)
         big = bytes(range(256)) * 40_000
         _, body = await b.call(a.contact, get_call(), [big[:1000], big[1000:]], deadline_s=30)
         assert body == big
@@ -70,7 +71,7 @@ async def test_unproven_connections_of_one_address_are_capped():
         assert await client.connect(node.contact) == node.peer_id
         # A node that only dials is called back on its own connection.
         back = Contact(peer_id=client.peer_id, addrs=[])
-        assert (await node.call(back, Ping(), deadline_s=5))[0] == Pong()
+        assert isinstance((await node.call(back, Ping(), deadline_s=5))[0], Pong)
 
 
 async def test_one_address_cannot_take_all_connections(monkeypatch):
@@ -159,7 +160,7 @@ async def test_hostile_names_hold_up_only_each_other(monkeypatch):
         open_tcp_network(get_identity(2), handler=serve) as other,
     ):
         with monkeypatch.context() as patch:
-            patch.setattr("daaswarm.net.dataplane.LOOKUP_S", 0.1)
+            patch.setattr("daaswarm.net.sockets.LOOKUP_S", 0.1)
             real = socket.getaddrinfo
             patch.setattr(socket, "getaddrinfo", lambda *args: real(*args) if len(args) > 5 and args[5] else look_up())
             try:
@@ -179,7 +180,7 @@ async def test_hostile_names_hold_up_only_each_other(monkeypatch):
 async def test_a_name_that_cannot_be_one_is_unreachable(host):
     address = Address("dns4", host, 1, None)
     with pytest.raises(Unreachable):
-        await _connect(address, str(address), trio.CapacityLimiter(1))
+        await connect(address, str(address), trio.CapacityLimiter(1))
 
 
 def test_importing_the_data_plane_does_not_import_libp2p():

@@ -71,7 +71,7 @@ async def test_a_header_that_breaks_the_decoder(junk):
         assert b"unsupported" in said
         proof = b"\x82\xa1t\xa5prove" + (b"\xa1x" + junk[-3_000:] if junk is DEEP else b"\xa5agent" + junk)
         said = await trio.to_thread.run_sync(attacker.send_tls, encode_handshake(proof))
-        assert b"bad_message" in said
+        assert b"remote_protocol_error" in said
         assert isinstance((await good.call(node.contact, get_call(), deadline_s=5))[0], ExpertReply)
 
 

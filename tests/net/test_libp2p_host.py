@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 
 import pytest
 import trio
@@ -13,6 +14,9 @@ from daaswarm.messages import Ping, Pong
 from daaswarm.net.dataplane import open_tcp_network
 from daaswarm.net.frames import Frame, FrameParser, Kind, encode_head
 from daaswarm.net.libp2p_host import get_protocol, open_libp2p_host
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
 
 
 async def ping(stream) -> Frame:
@@ -39,7 +43,7 @@ async def visit(addr: str, suffix: str) -> None:
             await other.connect(info)
             stream = await other.new_stream(info.peer_id, [get_protocol(SWARM)])
             frame = await ping(stream)
-            assert messages.get_decoder(messages.Reply).decode(frame.header) == Pong()
+            assert isinstance(messages.get_decoder(messages.Reply).decode(frame.header), Pong)
             assert str(stream.muxed_conn.peer_id) == peer_id
             # Garbage ends that stream, not the host.
             await stream.write(b"\xff" * 100)
@@ -61,4 +65,21 @@ async def test_ping_through_the_one_port(suffix):
         assert node.contact is not None and door.peer_id == node.peer_id
         await visit(node.contact.addrs[0], suffix)
     # py-libp2p's client leaves its socket unclosed; let that warning come up here, where it's ignored.
+    gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_who_is_not_on_the_allow_list_gets_no_answer(caplog):
+    identity = get_identity(1)
+    identity.allowed.replace([get_identity(2).peer_id])
+    with caplog.at_level("INFO", "daaswarm.net.libp2p_host"):
+        async with (
+            open_tcp_network(identity, handler=serve) as node,
+            open_libp2p_host(identity, handler=serve) as door,
+        ):
+            node.splicer.targets.update(door.targets)
+            assert node.contact is not None
+            with pytest.raises(BaseExceptionGroup):  # py-libp2p's client wraps what ends it
+                await visit(node.contact.addrs[0], "")
+    assert "not on the allow-list" in caplog.text
     gc.collect()
