@@ -190,7 +190,9 @@ class Kademlia:
             if self._publisher.publications and self.contact is not None:
                 room = max((LOOKUPS // 2 - len(self._lookups)) // PATHS, 1)
                 if due := self._publisher.get_due(now, room):
-                    effects += self.publish_all(due, now)
+                    batches, due = self._publisher.renew_kept(due, self.contact.addrs, now, self._k)
+                    effects += [self._send_batch(batch) for batch in batches]
+                    effects += self.publish_all(due, now) if due else []
             if is_known:
                 for target in self.table.get_stale_targets(now - REFRESH_S, ALPHA, self._rng):
                     effects += self._start(self._make_id("refresh"), target, "nodes", now, ())

@@ -18,6 +18,8 @@ from daaswarm.messages import Contact, Pointer, Signed
 
 REPUBLISH_S = MAX_TTL_S / 3  # two may be lost before a record dies
 SPREAD = 0.1  # of that, by which one round may come earlier: nodes started together must not stay in step
+KEPT_ROUNDS = 2  # republishings that go to who kept the record, before its places are looked up again
+KEPT_SHARE = 2 / 3  # of those asked who took it; with fewer, the places are looked up
 BATCH = 64  # records in one Store message
 REASONS = 8  # different refusals told to the caller; what peers say is not counted on to be the same twice
 
@@ -44,6 +46,7 @@ class Publication(msgspec.Struct):
     stored: int = 0
     refused: dict[str, int] = {}  # how often for which reason
     keepers: list[Contact] = []  # who was asked to store it, this time or the time before
+    rounds: int = 0  # since its places were looked up
 
 
 class Round(msgspec.Struct):
@@ -65,7 +68,7 @@ class Publisher:
 
     def renew(self, keys: Iterable[bytes], addrs: list[str], now: float) -> Round:
         """Signs anew. The round has the keys that are to be looked up, which are all that aren't already."""
-        due_at = now + REPUBLISH_S * (1.0 - SPREAD * self._rng.random())
+        due_at = self._get_due_at(now)
         fresh = Round({})
         for key in keys:
             signed, seq = self._point(key, addrs, now)
@@ -75,6 +78,38 @@ class Publisher:
                 self.busy[key] = fresh
                 fresh.keepers[key] = {}
         return fresh
+
+    def renew_kept(
+        self, keys: Iterable[bytes], addrs: list[str], now: float, least: int
+    ) -> tuple[list[Batch], list[bytes]]:
+        """Signs anew for those who keep the records, and names the keys whose places have to be looked up; those with
+        fewer than ``least`` keepers are among them.
+
+        Newcomers near a place are told by those who keep its records (:mod:`daaswarm.core.replication`), so lookups are
+        needed only now and then, and when keepers are gone.
+        """
+        waiting: dict[str, tuple[Contact, list[bytes]]] = {}
+        others: list[bytes] = []
+        for key in keys:
+            before = self.publications[key]
+            kept = before.stored >= KEPT_SHARE * before.asked and len(before.keepers) >= least
+            if not kept or before.rounds >= KEPT_ROUNDS or key in self.busy:
+                others.append(key)
+                continue
+            signed, seq = self._point(key, addrs, now)
+            count = len(before.keepers)
+            self.publications[key] = Publication(
+                signed,
+                seq,
+                self._get_due_at(now),
+                stores=count,
+                asked=count,
+                keepers=before.keepers,
+                rounds=before.rounds + 1,
+            )
+            for contact in before.keepers:
+                waiting.setdefault(contact.peer_id, (contact, []))[1].append(key)
+        return self._batch(waiting), others
 
     def withdraw(self, key: bytes, now: float) -> list[Batch]:
         """For whoever keeps the pointer, a newer one without addresses. It lives as long as the other would have, so
@@ -104,12 +139,7 @@ class Publisher:
                 done.append(PublishDone(key=key, stored=0, asked=0))
             for peer, contact in keepers.items():
                 waiting.setdefault(peer, (contact, []))[1].append(key)
-        batches: list[Batch] = []
-        for contact, keys in waiting.values():
-            for i in range(0, len(keys), BATCH):
-                some = [(key, self.publications[key]) for key in keys[i : i + BATCH]]
-                batches.append(Batch(contact, [p.signed for _, p in some], tuple((key, p.seq) for key, p in some)))
-        return batches, done
+        return self._batch(waiting), done
 
     def note_stored(self, parts: Parts, refused: dict[int, str] | None) -> list[PublishDone]:
         """A Store was answered, or (``None``) not. Returns the keys of which nothing is on its way any more."""
@@ -141,6 +171,18 @@ class Publisher:
             assert key in running.keepers and running.lookups > 0
         for publication in self.publications.values():
             assert 0 <= publication.stored + publication.stores <= publication.asked
+
+    def _get_due_at(self, now: float) -> float:
+        return now + REPUBLISH_S * (1.0 - SPREAD * self._rng.random())
+
+    def _batch(self, waiting: dict[str, tuple[Contact, list[bytes]]]) -> list[Batch]:
+        """``waiting``: by peer, what keys it is to store."""
+        batches: list[Batch] = []
+        for contact, keys in waiting.values():
+            for i in range(0, len(keys), BATCH):
+                some = [(key, self.publications[key]) for key in keys[i : i + BATCH]]
+                batches.append(Batch(contact, [p.signed for _, p in some], tuple((key, p.seq) for key, p in some)))
+        return batches
 
     def _point(self, key: bytes, addrs: list[str], now: float) -> tuple[Signed, int]:
         """A new pointer of this node, kept here too, and its sequence number."""

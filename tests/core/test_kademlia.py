@@ -7,7 +7,7 @@ import hashlib
 import pytest
 from swarm_driver import NOW, SWARM, Driver, make_contact, make_key, make_peer
 
-from daaswarm.core.kademlia import PROBE_FAILING_S, RESEED_S, SEED_S
+from daaswarm.core.kademlia import PROBE_FAILING_S, RESEED_S, SEED_S, Kademlia
 from daaswarm.core.kademlia_events import (
     LookupDone,
     Misbehaved,
@@ -17,7 +17,8 @@ from daaswarm.core.kademlia_events import (
     SendRequest,
 )
 from daaswarm.core.lookup import ALPHA, PATHS, REQUESTS
-from daaswarm.core.publishing import REPUBLISH_S
+from daaswarm.core.places import get_places
+from daaswarm.core.publishing import KEPT_ROUNDS, REPUBLISH_S
 from daaswarm.core.record_store import POINTER_KIND, RecordStore
 from daaswarm.core.routing_table import compute_distance, get_node_id
 from daaswarm.core.signing import MAX_TTL_S, seal
@@ -195,6 +196,37 @@ def test_replies_to_an_older_round_do_not_count() -> None:
     assert stored == [[], [], []]
     refused = ReplyReceived(rpc_id=new[1].rpc_id, message=Stored(refused={0: "full"}))
     assert node.handle(refused, driver.now) == [PublishDone(key=KEY, stored=1, asked=2, refused={"full": 1})]
+
+
+def count_lookups(driver: Driver, node: Kademlia) -> int:
+    """Requests of a republishing that look for places, the stores aside."""
+    driver.now += REPUBLISH_S
+    effects = node.tick(driver.now)
+    sent = [e for e in effects if isinstance(e, SendRequest)]
+    for effect in sent:
+        if isinstance(effect.message, Store):
+            node.handle(ReplyReceived(rpc_id=effect.rpc_id, message=Stored()), driver.now)
+    return sum(isinstance(e.message, FindNode) and e.message.target in get_places(KEY) for e in sent)
+
+
+def test_republishing_asks_who_is_near_every_third_time_only() -> None:
+    driver = build(40)
+    node = driver.nodes[make_peer(2)]
+    assert driver.publish(node, KEY).stored >= 20
+    for _ in range(KEPT_ROUNDS):
+        seq = node._publisher.publications[KEY].seq
+        assert count_lookups(driver, node) == 0
+        assert node._publisher.publications[KEY].seq > seq
+    assert count_lookups(driver, node) > 0
+
+
+def test_keepers_that_are_gone_are_looked_for_at_once() -> None:
+    driver = build(40)
+    node = driver.nodes[make_peer(2)]
+    driver.publish(node, KEY)
+    publication = node._publisher.publications[KEY]
+    publication.stored = publication.asked // 2
+    assert count_lookups(driver, node) > 0
 
 
 def test_a_node_whose_store_is_full_still_publishes() -> None:
