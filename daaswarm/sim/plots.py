@@ -10,6 +10,7 @@ from daaswarm.errors import ConfigError
 
 SIZE_INCHES = (8, 4.5)
 DPI = 120
+FEW = 20  # points are marked one by one: a line through a single one is invisible
 
 
 def check_plots() -> None:
@@ -66,7 +67,7 @@ def _draw(
     figure = Figure(figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
     axes = figure.add_subplot(title=title, xlabel=x, ylabel=y)
     for name, values in lines.items():
-        axes.plot(list(at), values, label=name, marker="o" if log else "")
+        axes.plot(list(at), values, label=name, marker="o" if log or len(at) < FEW else "")
     if log:
         axes.set_xscale("log")
     axes.set_ylim(bottom=0)
