@@ -16,9 +16,8 @@ from daaswarm.cli.options import (
     open_data_dir,
     read_config,
 )
-from daaswarm.cli.output import Output
+from daaswarm.cli.output import WAITING, Output, clean
 from daaswarm.cli.run import attach, is_node_running, refuse_attached, run_async
-from daaswarm.cli.status import describe_reachability
 from daaswarm.errors import EXIT_FAILED, EXIT_OK, ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="Reaching others, and being reached.")
@@ -39,6 +38,10 @@ def diagnose(
             help="An address (/ip4/…/tcp/…/p2p/…) or a PeerId; without it, this node and its bootstrap addresses.",
         ),
     ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option("--timeout", min=0.1, max=60, help="Longest wait for one answer, in s (default: 4 or 5)."),
+    ] = None,
     bootstrap: BootstrapOption = None,
     swarm_id: SwarmIdOption = None,
     swarm_key: SwarmKeyOption = None,
@@ -54,7 +57,7 @@ def diagnose(
     config = read_config(folder, bootstrap=bootstrap, swarm_id=swarm_id, swarm_key=swarm_key)
     if peer is not None and not peer.strip():
         raise ConfigError("the peer is an empty word", hint="give an address or a PeerId, or leave it away")
-    params: dict[str, Any] = {"peer": peer, "bootstrap": config.network.bootstrap}
+    params: dict[str, Any] = {"peer": peer, "bootstrap": config.network.bootstrap, "timeout_s": timeout}
     found: dict[str, Any] = {}
 
     async def emit(event: dict[str, Any]) -> None:
@@ -64,8 +67,6 @@ def diagnose(
     async def run() -> None:
         if is_node_running(folder):
             refuse_attached(folder, swarm_id=swarm_id, swarm_key=swarm_key)
-            if peer is None:
-                show_own(await attach(folder, "status", {}, emit), output)
             found.update(await attach(folder, "diagnose", params, emit))
             return
         from daaswarm.node.life import open_node
@@ -81,38 +82,30 @@ def diagnose(
     raise typer.Exit(code if code != EXIT_OK or found["verdict"] != "failed" else EXIT_FAILED)
 
 
-def show_own(status: dict[str, Any], output: Output) -> None:
-    """What a running node says of itself."""
-    if output.as_json:
-        return
-    rows = [("address", address) for address in status["addrs"]]
-    rows += [("not told", f"{left['host']} of {left['name']}: {left['reason']}") for left in status["left_out"]]
-    rows += [("reachable", line) for line in describe_reachability(status["reachability"])]
-    rows.append(("peers", f"{len(status['known_peers'])} known"))
-    output.rows(rows)
-
-
 def show(event: dict[str, Any], output: Output) -> None:
     """One step, as it ends."""
     if output.as_json:
         return
     if event["event"] == "target":
-        output.result(f"\n{event['addr']}")
+        output.result(f"\n{clean(event['addr'])}")
     elif event["event"] == "step" and not event["seen"].startswith("needs "):
         timing = f" ({event['ms']:.0f} ms)" if event["ms"] >= 1 else ""
-        output.result(f"  {event['name']:<10} {event['verdict']:<8} {event['seen']}{timing}")
+        output.result(f"  {event['name']:<10} {event['verdict']:<8} {clean(event['seen'])}{timing}")
         if event["next"] and event["verdict"] in ("failed", "warning"):
-            output.result(f"  {'':<10} {'next:':<8} {event['next']}")
+            output.result(f"  {'':<10} {'next:':<8} {clean(event['next'])}")
+    output.progress(WAITING, 0, 0)
 
 
 def conclude(found: dict[str, Any], output: Output) -> None:
-    """The last line."""
+    """The last lines, on standard error: which step it is, of whom."""
+    output.end_progress()
     targets = found["targets"]
-    if not targets:
-        output.message("no bootstrap address is configured or given, so there is nobody to examine")
-        return
-    bad = [target for target in targets if target["verdict"] == "failed"]
-    if not bad:
+    if "own" in found and not targets:
+        output.message("no bootstrap address is configured or given, so nobody else was examined")
+    if found["verdict"] != "failed":
         output.message("nothing fails" + (", but see the warnings" if found["verdict"] == "warning" else ""))
-    for target in bad:
-        output.message(f"it fails at: {target['step']}" + (f" ({target['addr']})" if len(targets) > 1 else ""))
+        return
+    for target in [found["own"], *targets] if "own" in found else targets:
+        if target["verdict"] == "failed":
+            many = "own" in found or len(targets) > 1
+            output.message(f"it fails at: {target['step']}" + f" ({clean(target.get('addr', 'this node'))})" * many)

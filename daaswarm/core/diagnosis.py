@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import errno
 import ipaddress
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from statistics import median
 from typing import Literal
 
 import msgspec
@@ -15,6 +16,7 @@ import msgspec
 from daaswarm.core.signing import CLOCK_SKEW_S
 from daaswarm.errors import (
     BadProof,
+    Busy,
     DaaswarmError,
     NotAllowed,
     PeerIdMismatch,
@@ -32,6 +34,8 @@ STEPS = (
 )  # fmt: skip
 """In this order. Each stands on those before it."""
 
+_GRAVITY: tuple[Verdict, ...] = ("failed", "warning", "ok", "skipped")
+
 SKEW_WARNING_S = 5.0  # nothing fails yet, but a clock that is this far off isn't kept right
 
 
@@ -43,6 +47,15 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     seen: str
     next: str = ""
     seconds: float = 0.0
+
+
+class Announced(msgspec.Struct, frozen=True, kw_only=True):
+    """An address that a peer announces. ``fault``: why the peer doesn't answer there; empty if it does. ``is_foreign``:
+    it's of a private network that this machine isn't on."""
+
+    addr: str
+    fault: str = ""
+    is_foreign: bool = False
 
 
 class Network(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,25 +95,31 @@ def is_foreign(host: str, networks: Iterable[Network]) -> bool:
 
 
 def _describe_foreign(networks: Sequence[Network]) -> str:
-    own = ", ".join(sorted({network.prefix for network in networks})) or "none"
+    prefixes = {network.prefix for network in networks if _leads_somewhere(network)}
+    own = ", ".join(sorted(prefixes)) or "none"
     return f"ask for an address on one of this machine's networks ({own}), a public one, or one through a relay"
+
+
+def _leads_somewhere(network: Network) -> bool:
+    prefix = ipaddress.ip_network(network.prefix)
+    return not (prefix.is_loopback or prefix.is_link_local)
 
 
 def judge_error(error: DaaswarmError, way: Step | None = None) -> Step:
     """The step at which a dial failed, and why. ``way``: what :func:`judge_way` said of the same address."""
-    name, next_ = _find_cause(error)
+    name, next_ = find_cause(error)
     seen = error.message
-    if name == "tcp" and way is not None and way.verdict == "warning":
+    if name == "tcp" and way is not None and way.verdict in ("warning", "failed"):
         return Step(name="interface", verdict="failed", seen=f"{way.seen}; {seen}", next=way.next)
     advice = [next_ or error.hint]
     if name == "tcp" and way is not None and way.next:
         advice.append(way.next)
-    return Step(name=name, verdict="failed", seen=seen, next=". ".join(advice))
+    return Step(name=name, verdict="failed", seen=seen, next=_join(advice))
 
 
-def _find_cause(error: DaaswarmError) -> tuple[str, str]:
-    """The step's name, and what to do."""
-    if isinstance(error, PeerIdMismatch | BadProof):
+def find_cause(error: DaaswarmError) -> tuple[str, str]:
+    """The step at which a dial failed, and what to do if the error's own hint doesn't say it."""
+    if isinstance(error, PeerIdMismatch | BadProof) or error.step == "peer id":
         return "peer id", ""
     if isinstance(error, WrongVersion):
         return "version", ""
@@ -108,6 +127,8 @@ def _find_cause(error: DaaswarmError) -> tuple[str, str]:
         return "swarm", ""
     if isinstance(error, WrongKey | NotAllowed):
         return "swarm key", ""
+    if isinstance(error, Busy):  # this node's own: it was reached, but there's no room for the connection
+        return "data", "this node has too many connections in use: try again in a moment"
     if error.step == "tcp":
         return "tcp", _advise_tcp(error)
     if error.step == "tls":
@@ -118,7 +139,10 @@ def _find_cause(error: DaaswarmError) -> tuple[str, str]:
             "or a firewall that lets only the first packets through"
         )
     if error.step == "handshake":
-        return "version", "the peer hung up or was silent after TLS: its log (daaswarm logs, there) says why"
+        return "version", (
+            "the peer hung up or was silent after TLS: it is stopped, overloaded or very old; "
+            "its log (daaswarm logs, there) says why"
+        )
     if error.step == "name":
         return "name", "check the spelling, and whether this machine's name server knows it"
     return "tcp", _advise_tcp(error)
@@ -155,19 +179,30 @@ def judge_clock(skew_s: float, uncertainty_s: float) -> Step:
     return Step(name="clock", verdict="ok", seen=seen)
 
 
-def judge_announced(dialled: str, tried: dict[str, str]) -> Step:
+def judge_announced(dialled: str, tried: Sequence[Announced], own: int = 0, relays: int = 0) -> Step:
     """Whether others can dial what the peer announces.
 
     Args:
-        tried: announced address → why it doesn't answer; empty if it does.
+        own: how many more it announces that mean its own machine only (127.0.0.1).
+        relays: how many more lead through relays.
     """
-    dead = {addr: reason for addr, reason in tried.items() if reason}
+    dead = [each for each in tried if each.fault]
+    if relays and len(dead) == len(tried):  # behind a NAT; what it is told of there is for its neighbours
+        return Step(name="data", verdict="ok", seen=f"it is met through {relays} relay{'s' * (relays > 1)} only")
+    if not tried and own:
+        return Step(
+            name="data",
+            verdict="failed",
+            seen=f"{dialled} answers, but the peer announces addresses of its own machine only",
+            next="others can't dial those: start it with --listen /ip4/0.0.0.0/tcp/4001, or give it --announce",
+        )
     if not tried:
         text = "it announces no address: it only dials, or is met through relays"
         return Step(name="data", verdict="ok", seen=text)
     if not dead:
-        return Step(name="data", verdict="ok", seen=f"all {len(tried)} announced addresses answer")
-    shown = "; ".join(f"{addr}: {reason}" for addr, reason in sorted(dead.items()))
+        seen = f"all {len(tried)} announced addresses answer" if len(tried) > 1 else "the announced address answers"
+        return Step(name="data", verdict="ok", seen=seen)
+    shown = "; ".join(sorted(f"{each.addr}: {each.fault}" for each in dead))
     if len(dead) == len(tried):
         return Step(
             name="data",
@@ -175,12 +210,141 @@ def judge_announced(dialled: str, tried: dict[str, str]) -> Step:
             seen=f"{dialled} answers, but nothing that the peer announces does: {shown}",
             next="others dial what it announces: open that port, or give the node --announce with what can be dialled",
         )
+    seen = f"{len(tried) - len(dead)} of {len(tried)} announced addresses answer; not {shown}"
+    blocked = sorted(each.addr for each in dead if not each.is_foreign)
+    if not blocked:
+        return Step(name="data", verdict="ok", seen=f"{seen} (of a network that this machine isn't on)")
     return Step(
         name="data",
         verdict="warning",
-        seen=f"{len(tried) - len(dead)} of {len(tried)} announced addresses answer; not {shown}",
-        next="harmless if those are of a network that only others are on",
+        seen=seen,
+        next=f"open the port of {', '.join(blocked)} in the firewall or router there, or don't announce it",
     )
+
+
+def judge_bulk(size: int, fault: str) -> Step:
+    """Whether more than small messages pass. ``size``: bytes sent there and back; ``fault``: what went wrong."""
+    if not fault:
+        return Step(name="data", verdict="ok", seen=f"{size // 1024} KiB there and back")
+    return Step(
+        name="data",
+        verdict="failed",
+        seen=f"small messages pass, {size // 1024} KiB there and back don't: {fault}",
+        next=(
+            "a tunnel, firewall or proxy on the way drops large packets or stalls: lower the MTU of the interface "
+            "(1280 always passes), or take another way"
+        ),
+    )
+
+
+def judge_known(peer: str, announced: Collection[str], told: Sequence[Collection[str] | None]) -> Step:
+    """Whether others can find the peer.
+
+    Args:
+        told: for each of the peers nearest to it that was asked, at which addresses it knows the peer; ``None`` if it
+            doesn't.
+    """
+    if not told:
+        return Step(name="advert", verdict="ok", seen="there is no other peer to ask for it")
+    knowing = [addrs for addrs in told if addrs is not None]
+    seen = f"{len(knowing)} of {len(told)} other peers asked know it"
+    if not knowing:
+        hint = "look again in a minute; if it stays so, it reaches no peers: daaswarm network diagnose, there"
+        return Step(name="advert", verdict="warning", seen=seen, next=hint)
+    stale = sorted({addr for addrs in knowing for addr in addrs} - set(announced))
+    if announced and all(set(addrs).isdisjoint(announced) for addrs in knowing):
+        text = f"{seen}, but at other addresses: {', '.join(stale[:3])}"
+        hint = f"what they know of …{peer[-6:]} is old: it changes within a quarter of an hour"
+        return Step(name="advert", verdict="warning", seen=text, next=hint)
+    return Step(name="advert", verdict="ok", seen=seen)
+
+
+# -- this node itself ------------------------------------------------------------------------------------------------
+
+
+def judge_listening(addrs: Sequence[str], is_running: bool, is_local: bool, left_out: Sequence[str] = ()) -> Step:
+    """Where this node listens.
+
+    Args:
+        addrs: what it announces, or would if it ran.
+        is_local: it listens on loopback.
+        left_out: own addresses that others aren't told, with the reasons.
+    """
+    seen = ("announces " if is_running else "no node runs here; one would announce ") + ", ".join(addrs)
+    if left_out:
+        seen += f"; not told: {', '.join(left_out)}"
+    if not addrs:
+        return Step(name="listen", verdict="ok", seen="it only dials")
+    if is_local:
+        return Step(
+            name="listen",
+            verdict="warning",
+            seen=f"{seen}: this machine only",
+            next="to let others in: daaswarm join --listen /ip4/0.0.0.0/tcp/4001",
+        )
+    return Step(name="listen", verdict="ok", seen=seen)
+
+
+def judge_own_clock(skews: Sequence[tuple[float, float]]) -> Step:
+    """``skews``: of each peer asked, what :func:`judge_clock` takes."""
+    if not skews:
+        return Step(name="clock", verdict="skipped", seen="no peer is connected to compare it with")
+    skew = median(skew for skew, _ in skews)
+    step = judge_clock(skew, max(uncertainty for _, uncertainty in skews))
+    who = "the peer's clock" if len(skews) == 1 else f"the clocks of {len(skews)} peers"
+    seen = f"{who}: {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} this machine's"
+    if step.verdict == "ok" or len(skews) == 1:
+        return msgspec.structs.replace(step, seen=seen)
+    hint = "this machine's clock is wrong: timedatectl set-ntp true on Linux; the node notices by itself"
+    return msgspec.structs.replace(step, seen=seen, next=hint)
+
+
+def judge_reachable(verdict: str, relays: int) -> Step:
+    """Whether others get through to this node; ``verdict`` as in ``status`` (:mod:`daaswarm.core.reachability`)."""
+    if verdict == "reachable":
+        return Step(name="reachable", verdict="ok", seen="others get through to this node")
+    if verdict == "unreachable" and relays:
+        return Step(name="reachable", verdict="ok", seen=f"behind a NAT or firewall, met through {relays} relays")
+    if verdict == "unreachable":
+        return Step(
+            name="reachable",
+            verdict="failed",
+            seen="behind a NAT or firewall, and no peer relays for it",
+            next="start one node that can be dialled and give it as --bootstrap, or forward the port in the router",
+        )
+    reason = {"local": "it listens to this machine only", "not_listening": "it only dials"}
+    return Step(name="reachable", verdict="skipped", seen=reason.get(verdict, "no peer could say yet"))
+
+
+def judge_peers(known: int, connected: int, has_bootstrap: bool) -> Step:
+    """Whether this node has anybody to talk to."""
+    seen = f"{known} known, {connected} connected"
+    if known or connected:
+        return Step(name="peers", verdict="ok", seen=seen)
+    hint = "" if has_bootstrap else "give the address of any node of the swarm: --bootstrap ADDR"
+    return Step(name="peers", verdict="warning", seen=seen, next=hint or "the bootstrap addresses below say why")
+
+
+# -- several steps ---------------------------------------------------------------------------------------------------
+
+
+def merge(parts: Sequence[Step]) -> Step:
+    """Several looks at one step as one: the worst verdict, and all that was seen."""
+    worst = min(parts, key=lambda part: _GRAVITY.index(part.verdict))
+    return Step(
+        name=parts[0].name,
+        verdict=worst.verdict,
+        seen="; ".join(part.seen for part in parts),
+        next=_join(part.next for part in parts),
+    )
+
+
+def _join(advice: Iterable[str]) -> str:
+    """Sentences in a row."""
+    first, *others = [text for text in advice if text] or [""]
+    for text in others:
+        first += f"{'' if first.endswith(('?', '.')) else '.'} {text[0].upper()}{text[1:]}"
+    return first
 
 
 def get_skipped(steps: Sequence[Step]) -> list[Step]:

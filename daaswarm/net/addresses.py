@@ -9,7 +9,7 @@ from typing import NamedTuple
 from daaswarm.core.signing import get_public_key
 from daaswarm.errors import ConfigError
 from daaswarm.messages import Contact
-from daaswarm.net.interfaces import choose_own
+from daaswarm.net.interfaces import LeftOut, choose_own
 from daaswarm.types import PeerId
 
 DEFAULT_LISTEN = "/ip4/127.0.0.1/tcp/0"
@@ -122,6 +122,12 @@ def get_announce_addrs(
             addresses.extend(_get_reachable(address, interfaces))
     unique = dict.fromkeys(str(address._replace(peer_id=peer_id)) for address in addresses)
     return list(unique)[:8]
+
+
+def find_left_out(listen: Sequence[Address], interfaces: Sequence[str] = ()) -> list[LeftOut]:
+    """Own addresses that others aren't told, and why, where a node listens on all that the machine has."""
+    versions = {int(each.protocol[2]) for each in listen if is_unspecified(each)}
+    return [left for version in sorted(versions) for left in choose_own(version, interfaces).left_out]
 
 
 def is_unspecified(address: Address) -> bool:

@@ -12,7 +12,7 @@ import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -37,7 +37,7 @@ from daaswarm.net.network import FastHandler, Handler
 from daaswarm.net.pool import ConnectionPool, ShakenHands, check_peer_id, shake_hands
 from daaswarm.net.relaying import CIRCUIT_BYTE
 from daaswarm.net.scope import open_service_nursery
-from daaswarm.net.sockets import LOOKUPS, Listener, close, connect, marking, peek
+from daaswarm.net.sockets import LOOKUPS, Listener, Note, close, connect, marking, peek
 from daaswarm.net.splice import Splicer
 from daaswarm.net.tls import TlsCarrier, TlsContexts, create_tls_contexts
 from daaswarm.types import PeerId
@@ -46,6 +46,18 @@ log = logging.getLogger(__name__)
 
 SILENT_HINT = "is the node running, and does a firewall let its port through?"
 TLS_BYTE = 0x16  # a TLS handshake record
+
+
+@dataclass(frozen=True)
+class Dialling:
+    """How a dial is done: seconds for TCP, then for TLS and the proofs; ``note`` hears of tcp, tls and handshake."""
+
+    connect_s: float = DIAL_S
+    handshake_s: float = HANDSHAKE_S
+    note: Note | None = None
+
+
+DIALLING = Dialling()  # the usual way
 
 
 class TcpNetwork(ConnectionPool):
@@ -215,14 +227,9 @@ class TcpNetwork(ConnectionPool):
             if not self._proven[origin]:
                 del self._proven[origin]
 
-    async def dial_anew(self, addr: str, timings: dict[str, float], connect_s: float) -> Connection:
-        """One more connection with whoever is at ``addr``, without a relay; raises as ``connect_addr`` does.
-
-        Args:
-            timings: gets the seconds of each step that succeeds: tcp, tls, handshake.
-            connect_s: for TCP.
-        """
-        hands = await self._dial_tcp(addr, None, timings, connect_s)
+    async def dial_anew(self, addr: str, dialling: Dialling) -> Connection:
+        """One more connection with whoever is at ``addr``, without a relay; raises as ``connect_addr`` does."""
+        hands = await self._dial_tcp(addr, None, dialling)
         assert hands is not None
         return self.add(hands, is_client=True)
 
@@ -230,9 +237,9 @@ class TcpNetwork(ConnectionPool):
         self,
         addr: str,
         expected: PeerId | None,
-        timings: dict[str, float] | None = None,
-        connect_s: float = DIAL_S,
+        dialling: Dialling | None = None,
     ) -> ShakenHands | None:
+        dialling = dialling or DIALLING
         address = parse_address(addr)
         if expected is None:
             expected = address.peer_id
@@ -241,39 +248,43 @@ class TcpNetwork(ConnectionPool):
         if address.relay is not None:
             return await self.circuits.dial(address, addr)
         sock = None
-        with marking("tcp", timings):
-            with trio.move_on_after(connect_s):
+        with marking("tcp", dialling.note):
+            with trio.move_on_after(dialling.connect_s):
                 sock = await connect(address, addr, self.lookups)
             if sock is None:
-                raise Unreachable(f"no answer from {addr} within {connect_s:g} s", hint=SILENT_HINT)
-        return await self._prove_server(sock, addr, expected, timings)
+                raise Unreachable(f"no answer from {addr} within {dialling.connect_s:g} s", hint=SILENT_HINT)
+        return await self._prove_server(sock, addr, expected, dialling)
 
     async def _prove_server(
-        self, sock: socket.socket, addr: str, expected: PeerId | None, timings: dict[str, float] | None = None
+        self, sock: socket.socket, addr: str, expected: PeerId | None, dialling: Dialling | None = None
     ) -> ShakenHands:
         """The client's side of both handshakes. Closes the socket if they fail."""
+        dialling = dialling or DIALLING
+        step, what = "tls", "accepted the connection"
         try:
-            with trio.fail_after(HANDSHAKE_S):
-                with marking("tls", timings):
+            with trio.fail_after(dialling.handshake_s):
+                with marking("tls", dialling.note):
                     carrier = TlsCarrier(sock, self._contexts.client, remote_addr=addr)
                     proven = await carrier.shake_hands()
                 assert proven is not None
-                check_peer_id(expected, proven, addr)
-                if proven == self.peer_id:
-                    raise Unreachable(f"{addr} is this node itself")
-                with marking("handshake", timings):
+                with marking("peer id"):
+                    check_peer_id(expected, proven, addr)
+                    if proven == self.peer_id:
+                        raise Unreachable(f"{addr} is this node itself", hint="give the address of another node")
+                step, what = "handshake", "speaks TLS as daaswarm does"
+                with marking("handshake", dialling.note):
                     handshake = ClientHandshake(self.identity, self.contact, carrier.binding, proven)
                     return await shake_hands(carrier, handshake)
         except BaseException as error:
             close(sock)
             if isinstance(error, trio.TooSlowError):
-                with marking("tls"):
+                with marking(step):
                     raise Unreachable(
-                        f"{addr} accepted the connection, but gave no answer within {HANDSHAKE_S:g} s",
-                        hint="is it a daaswarm node?",
+                        f"{addr} {what}, but gave no answer within {dialling.handshake_s:g} s",
+                        hint="is it a daaswarm node, and not overloaded?",
                     ) from None
             if isinstance(error, OSError):
-                with marking("tls"):
+                with marking(step):
                     raise Unreachable(f"{addr} broke off the handshake: {error}") from error
             raise
 

@@ -26,6 +26,7 @@ ADVERT_S = 5.0  # to dial one host and ask for its adverts; the dead cost this o
 DOUBTED_S = 0.5  # ... of one that didn't answer before, or doesn't answer others: enough for one that is back
 ASKED_AT_ONCE = 32  # hosts asked for adverts at the same time
 ASKED = 256  # hosts asked for adverts at most: more than serve one answer, fewer than a flood of pointers names
+UNANSWERED, MODELS = 16, 64  # hosts that are remembered as silent, of so many models: for saying why
 ASKING_S = 15.0  # for all of them together: three rounds of hosts that are all dead
 
 LookUp = Callable[[bytes, Want], Awaitable[LookupDone]]
@@ -55,6 +56,11 @@ class Finder:
         self._membership = spreader.membership
         self._look_up = look_up
         self._get_known = get_known
+        self._unanswered: dict[ModelRoot, list[Contact]] = {}  # of the last search
+
+    def get_unanswered(self, root: ModelRoot) -> list[Contact]:
+        """Hosts of a model that were asked in the last :meth:`find` and did not answer."""
+        return self._unanswered.get(root, [])
 
     async def get_pointed(self, root: ModelRoot) -> list[Contact]:
         """Whom the DHT points to."""
@@ -77,10 +83,17 @@ class Finder:
         self._spreader.perform(self._membership.introduce(root, contacts.values(), time.time()))
         serving: set[PeerId] = set()
 
+        silent: list[Contact] = []
+
         async def fetch(contact: Contact) -> None:
-            await self._fetch(contact, root, serving)
+            if not await self._fetch(contact, root, serving):
+                silent.append(contact)
 
         await self._ask_each(contacts.values(), fetch)
+        self._unanswered.pop(root, None)  # the latest goes last
+        self._unanswered[root] = silent[:UNANSWERED]
+        if len(self._unanswered) > MODELS:
+            del self._unanswered[next(iter(self._unanswered))]
         if root in self._membership.own:
             self._membership.own.get_signed(root, time.time())  # signed lately
             serving.add(self._network.peer_id)
@@ -162,12 +175,12 @@ class Finder:
                 found[ModelRoot(known.advert.model_root)] = known
         return list(found.values())
 
-    async def _fetch(self, contact: Contact, root: ModelRoot, serving: set[PeerId]) -> None:
-        """Ask a host; it joins ``serving`` if it answers that it has the model."""
+    async def _fetch(self, contact: Contact, root: ModelRoot, serving: set[PeerId]) -> bool:
+        """Ask a host; it joins ``serving`` if it answers that it has the model. Whether it answers."""
         peer = PeerId(contact.peer_id)
         adverts = await self._call(contact, GetAdverts(model_root=root))
         if adverts is None:
-            return
+            return False
         for signed in adverts:
             if not _is_advert_of(signed, peer, root):
                 logger.info("an advert from %s is ignored: it was not asked for", peer)
@@ -180,6 +193,7 @@ class Finder:
                 serving.add(peer)
         if peer not in serving:
             self._membership.book.withdraw(peer, root)  # it says itself that it left; next time it isn't even asked
+        return True
 
 
 def _get_contact(known: Known) -> Contact:

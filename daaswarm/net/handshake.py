@@ -142,7 +142,7 @@ class ServerHandshake(_Handshake):
             return self._fail(
                 WrongVersion(
                     f"protocol version {message.version} met version {PROTOCOL_VERSION}",
-                    hint="update the older of the two",
+                    hint=_advise_update(message.version, "the client's daaswarm", "the server's"),
                 )
             )
         identity = self._identity
@@ -196,7 +196,7 @@ class ClientHandshake(_Handshake):
             return self._fail(
                 WrongVersion(
                     f"protocol version {hello.version} of {self._server} met version {PROTOCOL_VERSION}",
-                    hint="update the older of the two",
+                    hint=_advise_update(hello.version, "the peer's daaswarm", "this node's"),
                 )
             )
         if hello.swarm != identity.swarm_name:
@@ -230,6 +230,10 @@ class ClientHandshake(_Handshake):
                 agent=identity.agent,
             )
         )
+
+
+def _advise_update(version: int, theirs: str, ours: str) -> str:
+    return f"update the older of the two, {theirs if version < PROTOCOL_VERSION else ours}"
 
 
 def _encode(message: messages.Handshake) -> bytes:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +23,9 @@ BACKLOG = 128  # connections that the kernel holds until they're accepted
 ACCEPT_PAUSE_S = 0.1  # when there are no file descriptors left, or the network is down
 LOOKUPS = 16  # names looked up at once; threads of their own, so that hostile names can't hold up computing
 LOOKUP_S = 5.0  # a resolver's own first timeout; its thread may stay in there longer, and then counts as one
+
+Note = Callable[[str, float], None]
+"""Hears of a step of a dial that went well: its name, and the seconds that it took."""
 
 LISTEN_HINTS = {
     errno.EADDRINUSE: "another program has this port; stop it, or choose another (tcp/0 picks a free one)",
@@ -64,14 +68,14 @@ class Listener:
 
 
 @contextmanager
-def marking(step: str, timings: dict[str, float] | None = None) -> Iterator[None]:
-    """An error that leaves the block says at which step of a dial it came, unless it knows that already. ``timings``
-    gets the seconds that the block took."""
+def marking(step: str, note: Note | None = None) -> Iterator[None]:
+    """An error that leaves the block says at which step of a dial it came, unless it knows that already. ``note``
+    hears of a block that went well."""
     began = trio.current_time()
     try:
         yield
-        if timings is not None:
-            timings[step] = trio.current_time() - began
+        if note is not None:
+            note(step, trio.current_time() - began)
     except DaaswarmError as error:
         error.step = error.step or step
         raise
@@ -170,6 +174,8 @@ async def peek(sock: socket.socket) -> int:
 
 
 def close(sock: socket.socket) -> None:
+    """At once, whoever waits for it; also when trio isn't there any more to be told."""
     if sock.fileno() >= 0:
-        trio.lowlevel.notify_closing(sock.fileno())
+        with contextlib.suppress(RuntimeError):
+            trio.lowlevel.notify_closing(sock.fileno())
         sock.close()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from daaswarm.config import Config, get_cache_dir
-from daaswarm.core.diagnosis import Step, judge_error
+from daaswarm.core.diagnosis import Step
 from daaswarm.core.pacing import TokenBucket
 from daaswarm.core.routing_table import get_node_id
 from daaswarm.core.swarm_keys import SwarmKey
@@ -37,10 +37,10 @@ from daaswarm.messages import (
     Store,
 )
 from daaswarm.models.sources import LocalModel, list_models
-from daaswarm.net.addresses import is_unspecified, parse_address
+from daaswarm.net.addresses import find_left_out, parse_address
 from daaswarm.net.dataplane import TcpNetwork
 from daaswarm.net.discovery import Discovery
-from daaswarm.net.interfaces import choose_own
+from daaswarm.net.examining import explain
 from daaswarm.node.answering import Answering
 from daaswarm.node.diagnosing import Diagnosing
 from daaswarm.node.hosting import Hosting, Wish
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
 LIBP2P_S = 15.0  # a second of imports, on a busy machine; then the node is ready without it
 DRAIN_S = 10.0  # for calls in flight when the node leaves; requesters wait no longer than that either
 SUM_BYTES = 4  # of one value of an answer: f32
+MET = 1024  # peers of earlier runs among which a PeerId is looked for
 LEAVE_S = 2.0  # for telling the swarm goodbye: a round trip or two; the records expire by themselves anyway
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class SwarmCoordinator:
             relay.bucket = TokenBucket(upload.rate)  # as much again, for what others say to each other
         self.sharing = Sharing(self.hosting, self.neighbour)
         self.operating = Operating(config, network, discovery, self.hosting, store, self.bootstrap)
+        self.diagnosing = Diagnosing(config, network, discovery, self.reaching, is_running=is_owner)
         self.started_at = time.time()
         self.has_bootstrap = False
         self.libp2p_settled = trio.Event()  # it runs, or won't
@@ -175,7 +177,7 @@ class SwarmCoordinator:
                 reached.append(await self.network.connect_addr(address))
             except DaaswarmError as error:  # also Busy, or lost in the handshake: another address may do
                 refused.append(error.message if address in error.message else f"{address}: {error.message}")
-                causes.append((address, judge_error(error)))
+                causes.append((address, explain(error, address)))
 
         async with trio.open_nursery() as nursery:
             for address in addresses:
@@ -258,7 +260,8 @@ class SwarmCoordinator:
         """
         model = await self._prepare_asking(params, emit)
         embedded = await self._count_embedded(params, emit)
-        result = await self.answering.answer(model, params, emit, embedded=embedded)
+        async with self.diagnosing.explaining(model.root, emit):
+            result = await self.answering.answer(model, params, emit, embedded=embedded)
         if not result["embedded"]:  # hosts that end with this answer, or this chat, are nobody to remember
             self.memory.note_asked(result)
         return result
@@ -302,9 +305,8 @@ class SwarmCoordinator:
         """Own addresses that others aren't told, and why, where the node listens on all that the machine has."""
         if self.config.network.announce:
             return []
-        versions = {int(each.protocol[2]) for each in self.network.listen_addresses if is_unspecified(each)}
-        choices = [choose_own(version, self.config.network.interfaces) for version in sorted(versions)]
-        return [left._asdict() for choice in choices for left in choice.left_out]
+        left_out = find_left_out(self.network.listen_addresses, self.config.network.interfaces)
+        return [left._asdict() for left in left_out]
 
     def is_alone(self) -> bool:
         """Whether there is nobody to ask, not even this node itself."""
@@ -357,8 +359,10 @@ class SwarmCoordinator:
             await self.bootstrap(params["bootstrap"])
             return await Planning(self.network, self.answering).plan(params, emit)
         if method == "diagnose":
-            diagnosing = Diagnosing(self.network, self.discovery, self.discovery.notary)
-            return await diagnosing.diagnose(params["peer"], params["bootstrap"], emit)
+            met = [record.contact for record in await self.memory.store.get_peers(MET)]
+            return await self.diagnosing.diagnose(
+                params["peer"], params["bootstrap"], params["timeout_s"], known=met, emit=emit
+            )
         if method == "host":
             await self.host(params, emit)
             return {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -56,11 +57,11 @@ def healthy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def diagnose(folder: Path, *arguments: str, code: int = 1, **extra: str) -> dict[str, Any]:
     """The only target, with its steps by name."""
-    said = run_json("network", "diagnose", *arguments, "--data-dir", str(folder), code=code, **extra)
+    said = run_json("network", "diagnose", "--timeout", "2", *arguments, "--data-dir", str(folder), code=code, **extra)
     (target,) = said["targets"]
     names = [step["name"] for step in target["steps"]]
     assert len(names) == len(set(names)) == 13
-    assert said["verdict"] == target["verdict"]
+    assert (said["verdict"], said["next"]) == (target["verdict"], target["next"])
     return {**target, "steps": {step["name"]: step for step in target["steps"]}}
 
 
@@ -138,7 +139,7 @@ def test_an_older_protocol(tmp_path: Path) -> None:
     with broken_node("version", tmp_path / "node") as addr:
         target = diagnose(tmp_path, addr)
     assert target["step"] == "version" and "update the older" in target["next"]
-    assert "version 0" in target["steps"]["version"]["seen"]
+    assert "version 0" in target["steps"]["version"]["seen"] and "the peer's daaswarm" in target["next"]
 
 
 def test_a_blocked_data_port(tmp_path: Path) -> None:
@@ -168,10 +169,34 @@ def test_a_running_node_examines_itself_and_others_by_peer_id(healthy: str, tmp_
     with running("join", "--bootstrap", healthy, "--data-dir", str(tmp_path)) as node:
         node.wait_for("ready")
         said = run_json("network", "diagnose", "--data-dir", str(tmp_path))
-        assert said == {"targets": [], "verdict": "ok"}
+        own = {step["name"]: step["verdict"] for step in said["own"]["steps"]}
+        assert own == {"listen": "warning", "clock": "ok", "reachable": "skipped", "peers": "ok"}
+        assert [target["verdict"] for target in said["targets"]] == ["ok"]  # the one it was started with
+        assert said["verdict"] == "warning" and "--listen" in said["next"]
         peer = healthy.rpartition("/")[2]
         target = diagnose(tmp_path, peer, code=0)
         assert target["peer_id"] == peer
         done = run("network", "diagnose", "--data-dir", str(tmp_path))
-        assert "reachable" in done.stdout and "1 known" in done.stdout
+        assert "reachable" in done.stdout and "1 known" in done.stdout and "nothing fails" in done.stderr
         assert run("network", "diagnose", OTHER, "--data-dir", str(tmp_path)).returncode == 2
+        assert node.stop() == 0
+    assert diagnose(tmp_path, peer, code=0)["peer_id"] == peer  # an earlier run met it
+
+
+def test_without_a_node_its_settings_are_examined(tmp_path: Path) -> None:
+    said = run_json("network", "diagnose", "--data-dir", str(tmp_path), DAASWARM_NETWORK_LISTEN="/ip4/0.0.0.0/tcp/4001")
+    assert [step["name"] for step in said["own"]["steps"]] == ["listen", "clock"]
+    assert "no node runs here" in said["own"]["steps"][0]["seen"] and "tcp/4001" in said["own"]["steps"][0]["seen"]
+    assert said["targets"] == [] and said["verdict"] == "ok"
+
+
+def test_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        running(
+            "network", "diagnose", f"/ip4/127.0.0.1/tcp/{listener.getsockname()[1]}", "--data-dir", str(tmp_path)
+        ) as asking,
+    ):
+        while asking.wait_for("step")["name"] != "tcp":  # told while TLS is waited for
+            pass
+        assert asking.stop(signal.SIGINT, timeout=2) == 130

@@ -16,7 +16,7 @@ from net_helpers import get_call, get_identity, serve
 from daaswarm import messages
 from daaswarm.errors import ConfigError, PeerIdMismatch, RemoteProtocolError, Unreachable
 from daaswarm.messages import ExpertReply
-from daaswarm.net.dataplane import open_tcp_network
+from daaswarm.net.dataplane import Dialling, open_tcp_network
 from daaswarm.net.frames import Kind, encode_handshake, encode_head
 from daaswarm.net.handshake import Identity
 from daaswarm.net.tls import create_tls_contexts
@@ -150,7 +150,7 @@ async def test_dialling_what_is_not_daaswarm():
 
 
 async def test_a_silent_listener(autojump_clock, monkeypatch):
-    monkeypatch.setattr("daaswarm.net.dataplane.HANDSHAKE_S", 0.2)
+    monkeypatch.setattr("daaswarm.net.dataplane.DIALLING", Dialling(handshake_s=0.2))
     async with open_tcp_network(get_identity(2), handler=serve, listen=[]) as good:
         with socket.create_server(("127.0.0.1", 0)) as silent:
             addr = f"/ip4/127.0.0.1/tcp/{silent.getsockname()[1]}"
