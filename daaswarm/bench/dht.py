@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import random
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -21,6 +19,7 @@ import msgspec
 import psutil
 import trio
 
+from daaswarm.bench.child import Child, start_process
 from daaswarm.config import Config
 from daaswarm.core.health import State
 from daaswarm.errors import DaaswarmError
@@ -34,28 +33,25 @@ OPERATION_S = 60.0  # anything slower is a failure, and counted as one
 WAVE = 8  # processes started at the same time
 BOOTSTRAPS = 4  # earlier peers that a new one is told, so that none of them carries the swarm
 GONE_S = 60.0  # after this nobody may be told of a killed peer
-LINE_BYTES = 1 << 20  # of an answer
 
 
-class Peer:
-    """One node in a process of its own."""
+class Peer(Child):
+    """One node in a process of its own, that does what it is asked."""
 
     def __init__(self, process: trio.Process) -> None:
-        self.process = process
+        super().__init__(process)
         self.peer_id = ""
         self.addrs: list[str] = []
-        self._data = bytearray()
 
-    async def wait_ready(self) -> None:
-        """Raises:
-        DaaswarmError: it didn't start.
+    async def join(self) -> None:
+        """Wait until it is one of the swarm.
+
+        Raises:
+            DaaswarmError: it didn't start.
         """
-        event: dict[str, Any] | None = None
-        with trio.move_on_after(START_S):
-            event = await self._read()
-        if event is None or event.get("event") != "ready":
-            raise DaaswarmError("a peer's process did not start", hint="its messages are above; try fewer --peers")
-        self.peer_id, self.addrs = event["peer_id"], event["addrs"]
+        hint = "its messages are above; try fewer --peers"
+        contact = await self.wait_ready(START_S, DaaswarmError("a peer's process did not start", hint=hint))
+        self.peer_id, self.addrs = contact.peer_id, contact.addrs
 
     async def ask(self, operation: str, root: ModelRoot) -> tuple[dict[str, Any] | None, float]:
         """Its answer, ``None`` if there was none in time, and the seconds it took."""
@@ -65,19 +61,8 @@ class Peer:
         answer = None
         with trio.move_on_after(OPERATION_S):
             await self.process.stdin.send_all(line)
-            answer = await self._read()
+            answer = await self.read()
         return answer, time.perf_counter() - started
-
-    async def _read(self) -> dict[str, Any] | None:
-        assert self.process.stdout is not None
-        while b"\n" not in self._data:
-            piece = await self.process.stdout.receive_some(65_536)
-            if not piece or len(self._data) > LINE_BYTES:
-                return None
-            self._data += piece
-        line, _, rest = bytes(self._data).partition(b"\n")
-        self._data = bytearray(rest)
-        return msgspec.json.decode(line, type=dict[str, Any])
 
 
 async def serve(data_dir: DataDir, config: Config, pipe: trio.abc.ReceiveStream, emit: Emit) -> None:
@@ -241,25 +226,19 @@ async def open_peers(peers: int, rng: random.Random, folder: Path, emit: Emit) -
                 wave.append(await _start(folder / str(len(swarm)), seeds))
                 swarm.append(wave[-1])
             for peer in wave:
-                await peer.wait_ready()
+                await peer.join()
         await _tell(emit, "starting peers", peers, peers)
         yield swarm
     finally:
-        for peer in swarm:
+        for peer in swarm:  # all at once, before any is waited for
             peer.process.kill()
-        with trio.CancelScope(shield=True):
-            for peer in swarm:
-                await peer.process.wait()
-                for pipe in (peer.process.stdin, peer.process.stdout):
-                    assert pipe is not None
-                    await pipe.aclose()
+        for peer in swarm:
+            await peer.close()
 
 
 async def _start(folder: Path, seeds: list[str]) -> Peer:
-    command = [sys.executable, "-m", "daaswarm", "bench", "serve-dht", "--data-dir", str(folder), "--json"]
-    for seed in seeds:
-        command += ["--bootstrap", seed]
-    return Peer(await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+    options = [word for seed in seeds for word in ("--bootstrap", seed)]
+    return Peer(await start_process("bench", "serve-dht", "--data-dir", str(folder), *options))
 
 
 async def _tell(emit: Emit, what: str, done: int, total: int) -> None:

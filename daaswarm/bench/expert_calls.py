@@ -6,21 +6,19 @@ Two processes, the host's and this one, over the data plane that inference uses.
 from __future__ import annotations
 
 import statistics
-import subprocess
-import sys
 import time
 from typing import Any, Literal
 
-import msgspec
 import torch
 import trio
 from torch.nn import functional
 
+from daaswarm.bench.child import Child, start_process
 from daaswarm.config import Config
 from daaswarm.errors import DaaswarmError
 from daaswarm.experts.service import HostedModel
 from daaswarm.inference.swarm_experts import as_bytes
-from daaswarm.messages import Contact, ExpertCall
+from daaswarm.messages import ExpertCall
 from daaswarm.node.life import open_node
 from daaswarm.node.reporting import Emit
 from daaswarm.store.data_dir import DataDir
@@ -79,11 +77,11 @@ async def run_expert_calls(
     Raises:
         DaaswarmError: the host process didn't start.
     """
-    command = [sys.executable, "-m", "daaswarm", "bench", "serve-expert", "--expert", kind, "--dim", str(dim)]
-    command += ["--data-dir", host_dir, "--json"]
-    process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    options = ["--expert", kind, "--dim", str(dim), "--data-dir", host_dir]
+    host = Child(await start_process("bench", "serve-expert", *options))
     try:
-        contact = await _wait_ready(process)
+        failure = DaaswarmError("the benchmark's host process did not start", hint="its messages are above")
+        contact = await host.wait_ready(START_S, failure)
         async with open_node(data_dir, config, listen=False, libp2p=False) as node:
             await node.network.connect(contact)
             rows = torch.randn(batch, dim, generator=torch.Generator().manual_seed(0))
@@ -105,12 +103,7 @@ async def run_expert_calls(
                     nursery.start_soon(caller, started + seconds, latencies)
             elapsed = time.perf_counter() - started
     finally:
-        process.kill()
-        with trio.CancelScope(shield=True):
-            await process.wait()
-            for pipe in (process.stdin, process.stdout):
-                assert pipe is not None
-                await pipe.aclose()
+        await host.close()
     if not latencies:
         raise DaaswarmError(
             f"no call was answered within {seconds:g} s", hint="give --seconds more, or a smaller --batch"
@@ -128,19 +121,3 @@ async def run_expert_calls(
         "p50_ms": round(statistics.median(latencies) * 1000, 4),
         "p99_ms": round(latencies[min(len(latencies) - 1, int(len(latencies) * 0.99))] * 1000, 4),
     }
-
-
-async def _wait_ready(process: trio.Process) -> Contact:
-    assert process.stdout is not None
-    data = bytearray()
-    with trio.move_on_after(START_S):
-        while b"\n" not in data:
-            piece = await process.stdout.receive_some(65_536)
-            if not piece:
-                break
-            data += piece
-    try:
-        event = msgspec.json.decode(bytes(data).split(b"\n")[0], type=dict[str, Any])
-        return Contact(peer_id=event["peer_id"], addrs=event["addrs"])
-    except (msgspec.MsgspecError, KeyError) as error:
-        raise DaaswarmError("the benchmark's host process did not start", hint="its messages are above") from error

@@ -130,6 +130,20 @@ def find_left_out(listen: Sequence[Address], interfaces: Sequence[str] = ()) -> 
     return [left for version in sorted(versions) for left in choose_own(version, interfaces).left_out]
 
 
+def is_ip(host: str) -> bool:
+    """Whether it is an IP address, and not a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def is_loopback(host: str) -> bool:
+    """Whether it means the machine that asks, whichever that is."""
+    return host == "localhost" or (is_ip(host) and ipaddress.ip_address(host).is_loopback)
+
+
 def is_unspecified(address: Address) -> bool:
     """Whether it stands for all addresses of the machine."""
     return address.protocol.startswith("ip") and ipaddress.ip_address(address.host).is_unspecified

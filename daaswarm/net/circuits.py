@@ -19,6 +19,7 @@ from daaswarm.errors import Busy, ConfigError, ConnectionLost, DaaswarmError, Re
 from daaswarm.messages import Arranged, Contact, Invite, Meet
 from daaswarm.net.addresses import CIRCUIT, Address, parse_address
 from daaswarm.net.connection import Connection
+from daaswarm.net.interfaces import PRIVATE
 from daaswarm.net.pool import ShakenHands
 from daaswarm.net.relaying import CIRCUIT_BYTE, check_token
 from daaswarm.types import PeerId
@@ -33,12 +34,8 @@ REVERSE_S = 2.0  # for dialling the asker back: it's a round trip or two, or a f
 REVERSE_ADDRS = 4  # of the asker's that are tried
 INVITES_AT_ONCE = 32  # each dials; a relay that makes up askers gets no more of this node than that
 INVITES_PER_S, INVITE_BURST = 4.0, 32.0  # of one relay
-_RANGES = [
-    *("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"),  # RFC 1918, 4193
-    *("100.64.0.0/10", "169.254.0.0/16", "fe80::/10"),  # RFC 6598 (a carrier's NAT), link-local
-    *("127.0.0.0/8", "::1/128"),
-]
-INTERNAL = tuple(map(ipaddress.ip_network, _RANGES))  # what means another machine on every network
+_LOCAL = ("169.254.0.0/16", "fe80::/10", "127.0.0.0/8", "::1/128")  # link-local, loopback
+INTERNAL = (*PRIVATE, *map(ipaddress.ip_network, _LOCAL))  # what means another machine on every network
 LAN_PREFIX_V4, LAN_PREFIX_V6 = 24, 64  # what is taken for this machine's own network
 
 

@@ -188,14 +188,8 @@ class Discovery:
     def set_contact(self, contact: Contact) -> None:
         """This node's addresses changed: the swarm learns it wherever it learnt the old ones."""
         self.kademlia.set_contact(contact)
-        for root in self.membership.own:
-            advert = self.membership.own.get(root)
-            assert advert is not None
-            changed = msgspec.structs.replace(advert, addrs=contact.addrs)
-            self.spreader.perform(self.membership.change(changed, time.time()))
-        keys = [bytes.fromhex(root) for root in self.membership.own]
-        if keys:
-            self._apply(self.kademlia.publish_all(keys, time.time()))
+        self._change_adverts(addrs=contact.addrs)
+        self._publish_own()
 
     def note_moved(self, contact: Contact) -> None:
         """A connected peer's addresses changed."""
@@ -204,15 +198,21 @@ class Discovery:
 
     def set_paused(self, paused: bool) -> None:
         """Whether calls are answered now. Those who follow the models learn it; the pointers stay as they are."""
-        for root in self.membership.own:
-            advert = self.membership.own.get(root)
-            assert advert is not None
-            changed = msgspec.structs.replace(advert, paused=paused)
-            self.spreader.perform(self.membership.change(changed, time.time()))
+        self._change_adverts(paused=paused)
 
     def renew(self) -> None:
         """Sign and publish everything anew: the clock was set, or the swarm may have forgotten this node."""
         self.spreader.perform(self.membership.renew(time.time()))
+        self._publish_own()
+
+    def _change_adverts(self, **changes: object) -> None:
+        for root in self.membership.own:
+            advert = self.membership.own.get(root)
+            assert advert is not None
+            changed = msgspec.structs.replace(advert, **changes)
+            self.spreader.perform(self.membership.change(changed, time.time()))
+
+    def _publish_own(self) -> None:
         keys = [bytes.fromhex(root) for root in self.membership.own]
         if keys:
             self._apply(self.kademlia.publish_all(keys, time.time()))

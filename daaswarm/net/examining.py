@@ -5,7 +5,6 @@ The verdicts are :mod:`daaswarm.core.diagnosis`'s. Every step has a deadline, so
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import time
 from collections.abc import Awaitable, Callable
@@ -33,7 +32,7 @@ from daaswarm.core.routing_table import get_node_id
 from daaswarm.errors import ConfigError, ConnectionLost, DaaswarmError, RemoteProtocolError, Unreachable
 from daaswarm.limits import HANDSHAKE_S
 from daaswarm.messages import PROTOCOL_VERSION, Adverts, Contact, FindNode, Found, GetAdverts, Ping, Pong
-from daaswarm.net.addresses import Address, parse_address
+from daaswarm.net.addresses import Address, is_ip, is_loopback, parse_address
 from daaswarm.net.circuits import check_relay, is_circuit
 from daaswarm.net.connection import Connection
 from daaswarm.net.dataplane import Dialling, TcpNetwork
@@ -307,7 +306,7 @@ class Examiner:
         own = 0
 
         async def dial(addr: str, host: str) -> None:
-            foreign = _is_ip(host) and is_foreign(host, networks)
+            foreign = is_ip(host) and is_foreign(host, networks)
             each = Announced(addr=addr, fault=f"no answer within {self._patience.connect_s:g} s", is_foreign=foreign)
             async with at_once:
                 with trio.move_on_after(self._patience.connect_s):
@@ -323,7 +322,7 @@ class Examiner:
                     continue
                 elif announced == _strip(str(dialled)):
                     tried.append(Announced(addr=addr))
-                elif _is_loopback(announced) and not _is_loopback(dialled):
+                elif is_loopback(announced.host) and not is_loopback(dialled.host):
                     own += 1
                 else:
                     nursery.start_soon(dial, addr, announced.host)
@@ -384,7 +383,7 @@ async def measure_skew(connection: Connection, deadline_s: float = CALL_S) -> tu
 def explain(error: DaaswarmError, addr: str) -> Step:
     """At which step a dial of ``addr`` failed, and why: without another look, apart from this machine's networks."""
     address = _strip(addr)
-    if address is None or address.relay is not None or not _is_ip(address.host):
+    if address is None or address.relay is not None or not is_ip(address.host):
         return judge_error(error)
     return judge_error(error, judge_way(address.host, find_source(address.host), read_networks()))
 
@@ -409,15 +408,3 @@ def _strip(addr: str) -> Address | None:
     except ConfigError:
         return None
     return address._replace(peer_id=None)
-
-
-def _is_loopback(address: Address) -> bool:
-    return address.host.startswith("127.") or address.host in ("::1", "localhost")
-
-
-def _is_ip(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ VIRTUAL = (
         TUNNEL,
     ),
 )
-PRIVATE = tuple(
+PRIVATE = tuple(  # RFC 1918, 6598 (a carrier's NAT) and 4193
     ipaddress.ip_network(text)
     for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7")
 )
@@ -116,27 +116,32 @@ def read_interfaces() -> list[Interface]:
     import psutil
 
     stats = psutil.net_if_stats()
-    return [
-        Interface(name, address.address.partition("%")[0], name not in stats or stats[name].isup)
-        for name, addresses in psutil.net_if_addrs().items()
-        for address in addresses
-        if address.family in (socket.AF_INET, socket.AF_INET6)
-    ]
+    return [Interface(name, host, name not in stats or stats[name].isup) for name, host, _ in _read_addresses()]
 
 
 def read_networks() -> list[Network]:
     """The networks that this machine is on."""
+    found: list[Network] = []
+    for name, host, netmask in _read_addresses():
+        if netmask:
+            bits = bin(int(ipaddress.ip_address(netmask.partition("/")[0]))).count("1")
+            found.append(Network(interface=name, prefix=str(ipaddress.ip_network(f"{host}/{bits}", strict=False))))
+    return found
+
+
+def read_own_hosts() -> set[str]:
+    """The IP addresses of all interfaces of this machine, told others or not."""
+    return {host for _, host, _ in _read_addresses()}
+
+
+def _read_addresses() -> Iterator[tuple[str, str, str]]:
+    """Name, IP address without a zone, and netmask if the system says it."""
     import psutil
 
-    found: list[Network] = []
     for name, addresses in psutil.net_if_addrs().items():
         for address in addresses:
-            if address.family in (socket.AF_INET, socket.AF_INET6) and address.netmask:
-                host = address.address.partition("%")[0]
-                bits = bin(int(ipaddress.ip_address(address.netmask.partition("/")[0]))).count("1")
-                prefix = ipaddress.ip_network(f"{host}/{bits}", strict=False)
-                found.append(Network(interface=name, prefix=str(prefix)))
-    return found
+            if address.family in (socket.AF_INET, socket.AF_INET6):
+                yield name, address.address.partition("%")[0], address.netmask or ""
 
 
 def find_source(host: str) -> str:

@@ -20,8 +20,8 @@ from daaswarm.core.pacing import TokenBucket
 from daaswarm.core.signing import get_public_key
 from daaswarm.errors import ConfigError
 from daaswarm.messages import PROTOCOL_VERSION, Contact
-from daaswarm.net.addresses import get_host_address, parse_address
-from daaswarm.net.interfaces import read_interfaces
+from daaswarm.net.addresses import get_host_address, is_loopback, parse_address
+from daaswarm.net.interfaces import read_own_hosts
 from daaswarm.types import PeerId
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Lan:
                 await trio.sleep(RETRY_S)
 
     def _get_said(self) -> list[tuple[str, int]]:
-        return get_said(self._get_contact(), {interface.host for interface in read_interfaces()})
+        return get_said(self._get_contact(), read_own_hosts())
 
     async def _run_with(self, said: list[tuple[str, int]]) -> None:
         contact = self._get_contact()
@@ -150,7 +150,7 @@ def get_said(contact: Contact | None, own: set[str]) -> list[tuple[str, int]]:
     for text in contact.addrs if contact is not None else ():
         address = parse_address(text)
         is_local = address.relay is None and address.protocol == "ip4" and address.host in own
-        if is_local and not ipaddress.ip_address(address.host).is_loopback:
+        if is_local and not is_loopback(address.host):
             said.append((address.host, address.port))
     return said[:ADDRESSES]
 

@@ -23,7 +23,7 @@ from daaswarm.core.routing_table import get_node_id
 from daaswarm.core.signing import get_public_key
 from daaswarm.errors import ConfigError, DaaswarmError, NoPeerCouldServe, unwrap_groups
 from daaswarm.messages import Contact
-from daaswarm.net.addresses import find_left_out, get_announce_addrs, parse_address
+from daaswarm.net.addresses import find_left_out, get_announce_addrs, is_loopback, parse_address
 from daaswarm.net.circuits import is_circuit
 from daaswarm.net.connection import Connection
 from daaswarm.net.dataplane import TcpNetwork
@@ -177,7 +177,7 @@ class Diagnosing:
             addrs = get_announce_addrs(addresses, self._config.announce, self._network.peer_id, self._config.interfaces)
         left_out = [] if self._config.announce else find_left_out(addresses, self._config.interfaces)
         reasons = [f"{each.host} ({each.name}: {each.reason})" for each in left_out]
-        is_local = listening.host in ("127.0.0.1", "::1", "localhost") and not self._config.announce
+        is_local = is_loopback(listening.host) and not self._config.announce
         return judge_listening(addrs, self._is_running, is_local, reasons)
 
     # -- a peer by its id ---------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from daaswarm.config import Config, NetworkConfig
 from daaswarm.core.routing_table import get_node_id
 from daaswarm.errors import ConfigError, DaaswarmError
 from daaswarm.messages import Contact, Reply, Request
-from daaswarm.net.addresses import parse_address
+from daaswarm.net.addresses import is_loopback, parse_address
 from daaswarm.net.dataplane import open_tcp_network
 from daaswarm.net.discovery import Discovery
 from daaswarm.net.handshake import Identity
@@ -269,7 +269,7 @@ def check_addresses(config: Config, *, listen: bool) -> None:
 def describe_binding(config: Config, addrs: list[str]) -> list[str]:
     """What has to be open when the node listens to more than this machine."""
     listening = parse_address(config.network.listen)
-    if listening.host in ("127.0.0.1", "::1", "localhost"):
+    if is_loopback(listening.host):
         lines = ["listening on this machine only; --listen /ip4/0.0.0.0/tcp/4001 lets others in"]
         return [*lines, f"next: daaswarm host-expert MODEL --bootstrap {addrs[0]} --data-dir ANOTHER"]
     ports = sorted({parse_address(address).port for address in addrs})

@@ -3,9 +3,7 @@ for others where they can, and tells the swarm when its addresses change."""
 
 from __future__ import annotations
 
-import ipaddress
 import logging
-import socket
 from collections.abc import Iterable
 
 import msgspec
@@ -15,11 +13,12 @@ from daaswarm.config import NetworkConfig
 from daaswarm.core.reachability import Reachability, Sight, get_sight
 from daaswarm.errors import Busy, DaaswarmError
 from daaswarm.messages import CheckReach, Contact, Moved, Reached, Reserve, Reserved
-from daaswarm.net.addresses import get_host_address, get_origin, parse_address
+from daaswarm.net.addresses import get_host_address, get_origin, is_ip, is_loopback, parse_address
 from daaswarm.net.circuits import is_circuit
 from daaswarm.net.connection import Connection
 from daaswarm.net.dataplane import TcpNetwork
 from daaswarm.net.discovery import Discovery
+from daaswarm.net.interfaces import read_own_hosts
 from daaswarm.node.reporting import Event
 from daaswarm.node.rounds import Rounds
 from daaswarm.types import PeerId
@@ -66,7 +65,7 @@ class Reaching:
         self._looked_at = float("-inf")
         self._improved_at = trio.current_time()
         self._own_hosts: set[str] = set()  # this machine's IP addresses
-        self._is_local = all(_is_loopback(address.host) for address in network.listen_addresses)
+        self._is_local = all(is_loopback(address.host) for address in network.listen_addresses)
         self._set_relaying()
 
     async def keep(self) -> None:
@@ -99,7 +98,7 @@ class Reaching:
                 self._refused.clear()
                 await self._return()  # first: a check over dead connections would only wait
             self._looked_at = now
-            self._own_hosts = get_own_hosts() | {parse_address(addr).host for addr in self._network.direct_addrs}
+            self._own_hosts = read_own_hosts() | {parse_address(addr).host for addr in self._network.direct_addrs}
         if self.reach.is_due(now):
             await self.check()
         self._set_relaying()
@@ -142,7 +141,7 @@ class Reaching:
             except DaaswarmError as error:  # it may know no such request; nothing was learnt
                 logger.debug("%s does not dial back: %s", peers[origin], error)
                 return
-            if isinstance(reply, Reached) and is_ip_address(reply.host):
+            if isinstance(reply, Reached) and is_ip(reply.host):
                 answered = set(reply.ports) & set(ports)
                 self.reach.note(origin, reply.host, answered, own, trio.current_time())
 
@@ -332,29 +331,9 @@ def get_place(connection: Connection) -> str:
     return parse_address(connection.remote_addr).host
 
 
-def is_ip_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
-
-
-def get_own_hosts() -> set[str]:
-    """The IP addresses of all interfaces of this machine, announced or not."""
-    import psutil
-
-    addresses = (address for some in psutil.net_if_addrs().values() for address in some)
-    return {a.address.partition("%")[0] for a in addresses if a.family in (socket.AF_INET, socket.AF_INET6)}
-
-
 def _get_sight(connection: Connection, own: set[str]) -> Sight | None:
     """How the peer stands to this node, if it has said where it sees it: only those that were dialled do."""
     try:
         return get_sight(parse_address(connection.peer.observed_addr).host, own)
     except DaaswarmError:
         return None
-
-
-def _is_loopback(host: str) -> bool:
-    return host in ("127.0.0.1", "::1", "localhost")

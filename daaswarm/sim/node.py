@@ -255,14 +255,16 @@ class SimNode:
         return mine not in self.asked
 
 
+def _end(events: Any, rpc: Rpc, answer: Any) -> Any:
+    """What a core hears of the end of a request: ``events`` is the module of its events."""
+    if answer is None:
+        return events.RequestFailed(rpc_id=rpc.note)
+    return events.ReplyReceived(rpc_id=rpc.note, message=answer)
+
+
 def _end_dht(rpc: Rpc, answer: Any) -> None:
     node = rpc.asker
-    event: dht.Event
-    if answer is None:
-        event = dht.RequestFailed(rpc_id=rpc.note)
-    else:
-        event = dht.ReplyReceived(rpc_id=rpc.note, message=answer)
-    node.apply(node.kademlia.handle(event, node.world.heap.now))
+    node.apply(node.kademlia.handle(_end(dht, rpc, answer), node.world.heap.now))
 
 
 def _tell_dht_late(rpc: Rpc) -> None:
@@ -272,9 +274,4 @@ def _tell_dht_late(rpc: Rpc) -> None:
 
 def _end_spread(rpc: Rpc, answer: Any) -> None:
     node = rpc.asker
-    event: spread.Event
-    if answer is None:
-        event = spread.RequestFailed(rpc_id=rpc.note)
-    else:
-        event = spread.ReplyReceived(rpc_id=rpc.note, message=answer)
-    node.perform(node.membership.handle(event, node.world.heap.now))
+    node.perform(node.membership.handle(_end(spread, rpc, answer), node.world.heap.now))

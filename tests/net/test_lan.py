@@ -14,7 +14,6 @@ from zeroconf import DNSOutgoing, DNSPointer, ServiceInfo, Zeroconf
 
 from daaswarm.core.signing import get_peer_id
 from daaswarm.messages import Contact
-from daaswarm.net.interfaces import Interface
 from daaswarm.net.lan import ADDRESSES, MEET_PER_S, SERVICE, Lan, get_said, read_service
 
 SWARM = bytes(range(32))
@@ -116,7 +115,7 @@ async def test_two_find_each_other_and_others_do_not() -> None:
 
 async def test_a_network_without_multicast_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     own = make("/ip4/203.0.113.77/tcp/4001")  # not an address of this machine: it can't be bound
-    monkeypatch.setattr("daaswarm.net.lan.read_interfaces", lambda: [Interface("eth9", "203.0.113.77")])
+    monkeypatch.setattr("daaswarm.net.lan.read_own_hosts", lambda: {"203.0.113.77"})
 
     async def on_found(contact: Contact) -> None:
         raise AssertionError(contact)
