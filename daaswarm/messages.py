@@ -157,7 +157,10 @@ class Query(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FindNode(Message, frozen=True, kw_only=True, tag="find_node"):
+    """The ``wanted`` contacts nearest to ``target``; none: is this peer there?"""
+
     target: Key
+    wanted: Annotated[int, Meta(ge=0, le=20)] = 20
 
 
 class FindValue(Message, frozen=True, kw_only=True, tag="find_value"):

@@ -143,8 +143,9 @@ class AdvertBook:
         if known is not None:
             self._hidden[peer, ModelRoot(model_root)] = known.advert.seq
 
-    def tick(self, now: float) -> None:
-        """Drops everything that has expired."""
+    def tick(self, now: float) -> int:
+        """Drops everything that has expired. Returns how many adverts that were."""
+        before = self._count
         for root in list(self._by_model):
             found = self._by_model[root]
             for peer in [peer for peer, known in found.items() if not known.advert.expires_at > now]:
@@ -156,6 +157,7 @@ class AdvertBook:
                     del self._per_peer[peer]
             if not found:
                 del self._by_model[root]
+        return before - self._count
 
     def validate(self) -> None:
         """Asserts the invariants."""
@@ -169,8 +171,11 @@ class AdvertBook:
             assert peer in self._by_model[root]
 
     def _is_live(self, advert: Advert, now: float) -> bool:
-        hidden = self._hidden.get((PeerId(advert.peer_id), ModelRoot(advert.model_root)), -1)
-        return not advert.withdrawn and advert.expires_at > now and advert.seq > hidden
+        if advert.withdrawn or not advert.expires_at > now:
+            return False
+        return not self._hidden or advert.seq > self._hidden.get(
+            (PeerId(advert.peer_id), ModelRoot(advert.model_root)), -1
+        )
 
 
 def to_bitmap(numbers: Iterable[int]) -> bytes:
@@ -226,15 +231,21 @@ def leave_out_paused(adverts: Iterable[Known], layers: Mapping[int, int], *, kin
     awake = [known for known in everybody if not known.advert.paused]
     if len(awake) == len(everybody):
         return everybody
-    for dtype in DTYPES:
-        held: dict[int, int] = {}
-        for known in awake:
-            if known.advert.dtype == dtype and known.advert.kind == kind:
-                for layer, bitmap in _clip(known.advert.held, layers).items():
-                    held[layer] = held.get(layer, 0) | bitmap
-        if all(held.get(layer, 0) == (1 << count) - 1 for layer, count in layers.items()):
-            return awake
-    return everybody
+    return awake if is_covered(awake, layers, kind=kind) else everybody
+
+
+def is_covered(adverts: Iterable[Known], layers: Mapping[int, int], *, kind: str, dtype: Dtype | None = None) -> bool:
+    """Whether every expert of ``layers`` has a host in ``dtype``, or in some dtype, that isn't paused."""
+    held: dict[str, dict[int, int]] = {}
+    for known in adverts:
+        advert = known.advert
+        if advert.kind == kind and not advert.paused and dtype in (None, advert.dtype):
+            by_layer = held.setdefault(advert.dtype, {})
+            for layer, bitmap in _clip(advert.held, layers).items():
+                by_layer[layer] = by_layer.get(layer, 0) | bitmap
+    return any(
+        all(by_layer.get(layer, 0) == (1 << count) - 1 for layer, count in layers.items()) for by_layer in held.values()
+    )
 
 
 def choose_dtype(

@@ -24,17 +24,17 @@ from daaswarm.core.signing import MAX_TTL_S
 from daaswarm.messages import Contact, Doubt, Doubted, Failure, Ping
 from daaswarm.types import ModelRoot, PeerId
 
-PING_S = 8.0  # silence after which a watched peer is asked whether it is there
+PING_S = 10.0  # silence after which a watched peer is asked whether it is there
 PING_DEADLINE_S = 3.0  # for its answer, a new connection included
 HELP_DEADLINE_S = 5.0  # for another's opinion: its ping, and the way to it and back
 HELPERS = 2  # asked for an opinion
-SPREAD = 6  # told of one that is down, by each who found it so
+SPREAD = 8  # told of one that is down, by each who found it so
 RECENT_S = 5.0  # heard of so lately, it isn't asked again because others doubt it
 VOUCHES = 3  # in a row by others for one that never answers here: then it isn't offered here
 DOUBTS = 64  # in one message; more wait for the next round
 INQUIRIES = 256  # of others waiting for an answer at once; beyond, they get what is known
 RETRIES = 8  # of those that are down, a round
-HEARSAY = 8  # checks because of one list of those that are down elsewhere
+HEARSAY = 32  # checks because of one list of those that are down elsewhere
 DOUBTS_PER_S, DOUBTS_BURST = 4.0, 128.0  # of one peer
 
 

@@ -19,13 +19,11 @@ PULLED = 256  # adverts in one answer to a pull
 
 def make_pull(book: AdvertBook, root: ModelRoot, rng: Rng, now: float) -> PullAdverts:
     """Says what is known of a model; of very many hosts a part, another one each time."""
-    versions = sorted(
-        (get_mark(known.advert.peer_id), known.advert.seq)
-        for known in book.get_all(root)
-        if known.advert.expires_at > now
-    )
+    adverts = [known.advert for known in book.get_all(root)]
+    versions = [(get_mark(advert.peer_id), advert.seq) for advert in adverts if advert.expires_at > now]
     low, high = 0, MARK_MAX
     if len(versions) > VERSIONS:  # a part of the marks, from a random one on
+        versions.sort()
         first = int(rng.random() * len(versions))
         part = versions[first : first + VERSIONS]
         low = part[0][0] if first else 0

@@ -21,6 +21,7 @@ from daaswarm.core.kademlia_events import (
     Event,
     LookupDone,
     Misbehaved,
+    RecordsFound,
     Reply,
     RequestFailed,
     RequestLate,
@@ -38,19 +39,23 @@ from daaswarm.core.routing_table import NEVER, K, RoutingTable, get_node_id
 from daaswarm.core.signing import get_public_key
 from daaswarm.errors import ConfigError, LocalProtocolError, RemoteProtocolError
 from daaswarm.limits import RECORDS_PER_KEY
-from daaswarm.messages import Contact, Failure, FindNode, FindValue, Found, Store, Stored
+from daaswarm.messages import Contact, Failure, FindNode, FindValue, Found, Pointer, Store, Stored
 from daaswarm.types import PeerId
 
-TICK_S = 2.0  # how often the shell calls tick
-REFRESH_S = 10 * 60.0  # a bucket without a lookup for this long is looked up
-PROBE_S = 5 * 60.0  # a contact silent for this long is asked whether it is there
+TICK_S = 5.0  # how often the shell calls tick
+REFRESH_S = 20 * 60.0  # a bucket without a lookup for this long is looked up
+REFRESH_GAP_S = 20.0  # between two walks over the buckets for those
+PROBE_S = 10 * 60.0  # a contact silent for this long is asked whether it is there
 PROBE_FAILING_S = 5.0  # the second chance of one that just failed
+PROBE_GAP_S = 30.0  # between two walks over the table for those that were silent, ...
+PROBES = 16  # ... of whom so many are asked at once: enough for a full table
 SHUN_S = 60.0  # a peer that failed is not asked again on others' word for this long
 SHUNNED = 4_096  # peers remembered as failed
 SEED_S = 15.0  # between attempts to join while the table is empty
 RESEED_S = 2 * 60.0  # between calls to seeds that left the table: a restarted seed must not found a second swarm
-SWEEP_S = 30.0  # between walks over all stored records
+SWEEP_S = 60.0  # between walks over all stored records
 LOOKUPS = 1_024  # running at once in one node
+EXPORT_S = 5 * 60.0  # between two looks at which contacts to come back by
 EXPORTED = 64  # contacts by which a node comes back; enough to find the swarm again without the bootstrap peer
 
 
@@ -103,12 +108,12 @@ class Kademlia:
         self.table = RoutingTable(self.peer_id, k, limit_subnets=limit_subnets)
         self.store = RecordStore(swarm, open_pointer=self._notary.open_pointer)
         self._rng, self._k = rng, k
-        self._publisher = Publisher(self._notary, self.store, rng)
+        self.publisher = Publisher(self._notary, self.store, rng)
         self.contact: Contact | None = None
         self.set_contact(contact)
         self._seeds = list(seeds)
         self._remembered: list[Contact] = []  # contacts of better times, the latest first
-        self._seeded_at = self._swept_at = self._probe_at = NEVER
+        self._seeded_at = self._swept_at = self._probe_at = self._refreshed_at = self._exported_at = NEVER
         self._replicated_at: float | None = None
         self._replicated_to = 0  # how many keys the walk for newcomers has passed
         self._lookups: dict[str, Lookup] = {}
@@ -169,7 +174,7 @@ class Kademlia:
         """
         if self.contact is None:
             raise LocalProtocolError("a node without an address can't publish")
-        fresh = self._publisher.renew(keys, self.contact.addrs, now)
+        fresh = self.publisher.renew(keys, self.contact.addrs, now)
         # In a small swarm every peer is near the key, and its other places are with the same peers.
         places = PATHS if len(self.table) >= self._k else 1
         wanted = [(key, place) for key in fresh.keepers for place in range(places)]
@@ -177,7 +182,7 @@ class Kademlia:
 
     def unpublish(self, key: bytes, now: float) -> list[Effect]:
         """Points ``key`` at this node no more: whoever keeps the pointer is given a newer one, without addresses."""
-        return [self._send_batch(batch) for batch in self._publisher.withdraw(key, now)]
+        return [self._send_batch(batch) for batch in self.publisher.withdraw(key, now)]
 
     def tick(self, now: float) -> list[Effect]:
         """What is due by now: joining, republishing, refreshing buckets, probing silent contacts, telling newcomers,
@@ -187,19 +192,22 @@ class Kademlia:
         if len(self._lookups) < LOOKUPS // 2:  # maintenance leaves room for what the node itself wants
             if not is_known and now - self._seeded_at >= SEED_S and (self._seeds or self._remembered):
                 effects += self.join(now)
-            if self._publisher.publications and self.contact is not None:
+            if self.publisher.publications and self.contact is not None:
                 room = max((LOOKUPS // 2 - len(self._lookups)) // PATHS, 1)
-                if due := self._publisher.get_due(now, room):
-                    batches, due = self._publisher.renew_kept(due, self.contact.addrs, now, self._k)
+                if due := self.publisher.get_due(now, room):
+                    batches, due = self.publisher.renew_kept(due, self.contact.addrs, now, self._k)
                     effects += [self._send_batch(batch) for batch in batches]
                     effects += self.publish_all(due, now) if due else []
-            if is_known:
+            if is_known and now - self._refreshed_at >= REFRESH_GAP_S:
+                self._refreshed_at = now
                 for target in self.table.get_stale_targets(now - REFRESH_S, ALPHA, self._rng):
                     effects += self._start(self._make_id("refresh"), target, "nodes", now, ())
         effects += self._probe(now)
         if now - self._swept_at >= SWEEP_S:
             self._swept_at = now
             self.store.tick(now)
+        if now - self._exported_at >= EXPORT_S:
+            self._exported_at = now
             recent = self.table.export(EXPORTED)
             if len(recent) < EXPORTED:
                 known = {contact.peer_id for contact in recent}
@@ -213,10 +221,12 @@ class Kademlia:
         """The clock was set by ``by_s``: what happened ``n`` seconds ago still did. Records keep the times their
         publishers gave them."""
         self.table.shift(by_s)
-        self._publisher.shift(by_s)
+        self.publisher.shift(by_s)
         self._seeded_at += by_s
         self._swept_at += by_s
         self._probe_at += by_s
+        self._refreshed_at += by_s
+        self._exported_at += by_s
         if self._replicated_at is not None:
             self._replicated_at += by_s
         self._shunned = {peer: until + by_s for peer, until in self._shunned.items()}
@@ -240,7 +250,7 @@ class Kademlia:
         """Asserts the invariants."""
         self.table.validate()
         self.store.validate()
-        self._publisher.validate()
+        self.publisher.validate()
         assert len(self._lookups) <= LOOKUPS and len(self._shunned) <= SHUNNED
         assert len(self._remembered) <= EXPORTED
         for rpc in self._rpcs.values():
@@ -248,7 +258,7 @@ class Kademlia:
         running = {rpc.lookup for rpc in self._rpcs.values() if rpc.lookup is not None}
         assert self._lookups.keys() <= running, "a lookup waits for nothing"
         assert self._places.keys() <= self._lookups.keys()
-        for running_round in self._publisher.busy.values():
+        for running_round in self.publisher.busy.values():
             assert running_round.lookups == sum(p.round is running_round for p in self._places.values())
 
     def _on_request(self, event: RequestReceived, now: float) -> list[Effect]:
@@ -260,7 +270,8 @@ class Kademlia:
                 self._note_alive(contact, now)
         reply: Found | Stored
         if isinstance(message, FindNode):
-            reply = Found(contacts=self.table.closest(message.target, self._k, event.peer))
+            wanted = min(message.wanted, self._k)
+            reply = Found(contacts=self.table.closest(message.target, wanted, event.peer) if wanted else [])
         elif isinstance(message, FindValue):
             records = [signed for _, signed in self.store.get(message.key, now)]
             near = message.key if message.place is None else message.place
@@ -284,8 +295,8 @@ class Kademlia:
                 return [Misbehaved(peer=peer, reason="answered Store with Found"), *self._on_failure(rpc, now)]
             self._note_alive(rpc.contact, now)
             if isinstance(message, Stored):
-                return [*self._publisher.note_stored(rpc.parts, message.refused)]
-            return [*self._publisher.note_stored(rpc.parts, None)]  # busy, but there
+                return [*self.publisher.note_stored(rpc.parts, message.refused)]
+            return [*self.publisher.note_stored(rpc.parts, None)]  # busy, but there
         if isinstance(message, Stored):
             return [Misbehaved(peer=peer, reason="answered a lookup with Stored"), *self._on_failure(rpc, now)]
         lookup = self._lookups.get(rpc.lookup) if rpc.lookup is not None else None
@@ -296,12 +307,13 @@ class Kademlia:
             self._note_alive(rpc.contact, now)
             lookup.note_failed(rpc.path, peer)  # busy, but there
             return self._advance(rpc.lookup, now)
-        is_news, reason = self._take_found(lookup, rpc, message, now)
+        news, reason = self._take_found(lookup, rpc, message, now)
+        effects = _tell(rpc.lookup, news)
         if reason:
-            return [Misbehaved(peer=peer, reason=reason), *self._on_failure(rpc, now)]
+            return [*effects, Misbehaved(peer=peer, reason=reason), *self._on_failure(rpc, now)]
         self._note_alive(rpc.contact, now)
-        lookup.note_answered(rpc.path, peer, len(message.records), is_news=is_news)
-        return self._advance(rpc.lookup, now)
+        lookup.note_answered(rpc.path, peer, len(message.records), is_news=bool(news))
+        return effects + self._advance(rpc.lookup, now)
 
     def _on_failure(self, rpc: _Rpc, now: float) -> list[Effect]:
         peer = PeerId(rpc.contact.peer_id)
@@ -312,39 +324,40 @@ class Kademlia:
         if len(self._shunned) > SHUNNED:
             del self._shunned[next(iter(self._shunned))]
         if rpc.parts:
-            return [*self._publisher.note_stored(rpc.parts, None)]
+            return [*self.publisher.note_stored(rpc.parts, None)]
         lookup = self._lookups.get(rpc.lookup) if rpc.lookup is not None else None
         if lookup is None or rpc.lookup is None:
             return []
         lookup.note_failed(rpc.path, peer)
         return self._advance(rpc.lookup, now)
 
-    def _take_found(self, lookup: Lookup, rpc: _Rpc, message: Found, now: float) -> tuple[bool, str]:
-        """Feeds an answer to its lookup. Returns whether it had a new record, and what is wrong with it; nothing
-        after that point is believed."""
+    def _take_found(self, lookup: Lookup, rpc: _Rpc, message: Found, now: float) -> tuple[list[Pointer], str]:
+        """Feeds an answer to its lookup. Returns the records that are new, and what is wrong with it; nothing after
+        that point is believed."""
+        news: list[Pointer] = []
         if len(message.contacts) > max(self._k, K) or len(message.records) > RECORDS_PER_KEY:
-            return False, f"answered with {len(message.contacts)} contacts and {len(message.records)} records"
-        is_news = False
+            return news, f"answered with {len(message.contacts)} contacts and {len(message.records)} records"
         for signed in message.records if lookup.want == "records" else ():
             try:
                 pointer = self._notary.open_pointer(signed, now)
             except RemoteProtocolError as error:
                 if error.reject:
-                    return False, error.message
+                    return news, error.message
                 continue
             if pointer.key != lookup.target:
-                return False, "answered with a record of another key"
-            is_news |= lookup.add_record(pointer, signed)
+                return news, "answered with a record of another key"
+            if lookup.add_record(pointer, signed):
+                news.append(pointer)
         peers = [contact.peer_id for contact in message.contacts]
         try:
             deque(map(get_public_key, peers), maxlen=0)
         except ConfigError as error:
-            return False, error.message
+            return news, error.message
         contacts, shunned = message.contacts, self._shunned
         if shunned and not shunned.keys().isdisjoint(peers):
             contacts = [contact for contact in contacts if shunned.get(PeerId(contact.peer_id), NEVER) <= now]
         lookup.add(rpc.path, PeerId(rpc.contact.peer_id), contacts)
-        return is_news, ""
+        return news, ""
 
     # -- parts --------------------------------------------------------------------------------------------------
 
@@ -359,13 +372,15 @@ class Kademlia:
             extra = [*extra, *self._seeds, *self._remembered]
         lookup.start(near if want == "nodes" else ())
         lookup.start(extra)
+        own: list[Pointer] = []
         if want == "records":
             for pointer, signed in self.store.get(target, now):
                 lookup.add_record(pointer, signed)
+                own.append(pointer)
             for path, place in enumerate(get_places(target)):
                 lookup.start(self.table.closest(place, get_replicas(self._k, path)), path)
         self.table.note_refreshed(target, now)
-        return self._advance(lookup_id, now)
+        return _tell(lookup_id, own) + self._advance(lookup_id, now)
 
     def _advance(self, lookup_id: str, now: float) -> list[Effect]:
         lookup = self._lookups[lookup_id]
@@ -432,7 +447,7 @@ class Kademlia:
         if ended.is_alone and len(found) >= self._k:  # the swarm is larger than our table was
             effects += self._seek(ended.round, [(ended.key, place) for place in range(1, PATHS)], now, is_alone=False)
         elif not ended.round.lookups:
-            batches, done = self._publisher.end_round(ended.round)
+            batches, done = self.publisher.end_round(ended.round)
             effects += [*done, *(self._send_batch(batch) for batch in batches)]
         return effects
 
@@ -453,14 +468,14 @@ class Kademlia:
         asked = {rpc.contact.peer_id for rpc in self._rpcs.values()} | {self.peer_id}
         due: list[Contact] = []
         silent, again_at = self.table.get_due(now, PROBE_S, PROBE_FAILING_S)
-        self._probe_at = min(again_at, now + PROBE_S)
+        self._probe_at = again_at if self.table.is_failing else max(again_at, now + PROBE_GAP_S)
         for entry in silent:
-            if len(due) < ALPHA and entry.contact.peer_id not in asked:
+            if len(due) < PROBES and entry.contact.peer_id not in asked:
                 due.append(entry.contact)
         if is_reseeding:
             self._seeded_at = now
             due += [s for s in self._seeds if s.peer_id not in asked and PeerId(s.peer_id) not in self.table]
-        return [self._send(contact, FindNode(target=get_node_id(self.peer_id))) for contact in due]
+        return [self._send(contact, FindNode(target=get_node_id(self.peer_id), wanted=0)) for contact in due]
 
     def _replicate(self, now: float) -> list[Effect]:
         """Records for peers that came near to them since the last time."""
@@ -482,6 +497,11 @@ class Kademlia:
     def _make_id(self, purpose: str) -> str:
         self._next_internal += 1
         return f"{_INTERNAL}{purpose}-{self._next_internal}"
+
+
+def _tell(lookup_id: str, news: list[Pointer]) -> list[Effect]:
+    records = [pointer for pointer in news if pointer.addrs]  # one without: its publisher left the key
+    return [RecordsFound(lookup_id=lookup_id, records=records)] if records else []
 
 
 _INTERNAL = "kademlia/"  # lookup ids of our own begin with this

@@ -53,6 +53,13 @@ class SendRequest(msgspec.Struct, frozen=True, kw_only=True):
     late_s: float | None = None  # if set, :class:`RequestLate` is wanted after this
 
 
+class RecordsFound(msgspec.Struct, frozen=True, kw_only=True):
+    """What a running lookup has found, as it comes: checked, with addresses, and not told before."""
+
+    lookup_id: str
+    records: list[Pointer]
+
+
 class LookupDone(msgspec.Struct, frozen=True, kw_only=True):
     """``contacts``: the nearest that answered, nearest first. ``records``: checked, one per publisher. ``hops``:
     requests one after the other until the first record came (0 if it was here), or the nearest contact answered."""
@@ -81,4 +88,4 @@ class Misbehaved(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
-Effect = Reply | SendRequest | LookupDone | PublishDone | Misbehaved
+Effect = Reply | SendRequest | RecordsFound | LookupDone | PublishDone | Misbehaved

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import struct
 from collections.abc import Iterable
 
+from daaswarm.core.memo import memo
 from daaswarm.types import PeerId
 
 MARK_MAX = (1 << 63) - 1
 _SEQ_MAX = (1 << 64) - 1
 
 
-@functools.lru_cache(maxsize=65_536)
+@memo(65_536)
 def get_mark(peer: PeerId | str) -> int:
     """63 bits of a hash of the PeerId. Two peers share one by accident once in a swarm of billions, and whoever makes
     two keys with one mark only hides one of its own behind the other: a stranger's can't be met in 2^63 tries."""
@@ -32,7 +32,8 @@ def unpack_marks(data: bytes) -> list[int]:
 
 def pack_versions(versions: Iterable[tuple[int, int]]) -> bytes:
     """(mark, seq), 16 bytes each, big-endian; a seq beyond u64 counts as the highest."""
-    return b"".join(struct.pack(">QQ", mark, min(seq, _SEQ_MAX)) for mark, seq in versions)
+    numbers = [number for mark, seq in versions for number in (mark, min(seq, _SEQ_MAX))]
+    return struct.pack(f">{len(numbers)}Q", *numbers)
 
 
 def unpack_versions(data: bytes) -> list[tuple[int, int]]:

@@ -54,18 +54,18 @@ from daaswarm.messages import (
 )
 from daaswarm.types import ModelRoot, PeerId
 
-TICK_S = 1.0  # how often the shell calls tick
+TICK_S = 2.0  # how often the shell calls tick
 FOLLOW_S = 10 * 60.0  # since a model was last asked for; a chat pauses for less
 PULL_S = 20.0  # between two pulls of a model, give or take a quarter
 MEMBER_S = 6 * PULL_S  # since it last pulled here that one counts as following; it asks a random member each time
-WANT_S = 5 * 60.0  # between two looks into the DHT for members
+WANT_S = 15 * 60.0  # between two looks into the DHT for members
 WANT_ALONE_S = 30.0  # while none is known
 LEAVE_FANOUT = 8  # hosts, and followers, told of a withdrawn advert by its peer
 WATCH_S = PING_S / 2  # between two looks at who was silent for PING_S
 RING = 3  # hosts that a host watches: those after it in the order of marks, so that each is watched
 INTRODUCED = 3  # members pulled from at once when some are found
 REFUTE_S = 60.0  # between two refutations: a liar must not make this node talk to the whole swarm all the time
-SWEEP_S = 15.0  # between two walks over the book
+SWEEP_S = 60.0  # between two walks over the book
 DEADLINE_S = 5.0  # of a pull or a push
 
 PUSH_PER_S, PUSH_BURST = 20.0, 256.0  # adverts from one peer: it may forward what many hosts said at once
@@ -317,8 +317,8 @@ class Membership:
         return [Reply(request_id=event.request_id, message=pulled)]
 
     def _pull_any(self, root: ModelRoot, topic: Topic, now: float) -> list[Effect]:
-        colleagues = self.topics.get_colleagues(root, now)
-        return self._pull(root, topic, pick(self._rng, colleagues, 1)[0], now) if colleagues else []
+        colleague = self.topics.pick_colleague(root, self._rng, now)
+        return self._pull(root, topic, colleague, now) if colleague is not None else []
 
     def _pull(self, root: ModelRoot, topic: Topic, peer: PeerId, now: float) -> list[Effect]:
         contact = self.topics.get_contact(peer)
@@ -365,15 +365,16 @@ class Membership:
         return [WantMembers(root=root)]
 
     def _get_watched(self, now: float) -> list[PeerId]:
-        """The next few hosts in the order of marks after this one, and of each model one at random."""
+        """Of each model served here the next few hosts in the order of marks after this one, and one at random of one
+        that is followed: who follows many models watches no more than who follows one."""
         watched: dict[PeerId, None] = {}
         own = get_mark(self.peer_id)
-        for root in self.topics.followed:
-            hosts = self.topics.get_hosts(root, now)
-            if root in self.own and hosts:
-                after = sorted(hosts, key=lambda peer: (get_mark(peer) - own) & MARK_MAX)
-                watched |= dict.fromkeys(after[:RING])
-            watched |= dict.fromkeys(pick(self._rng, hosts, 1))
+        for root in self.own:
+            after = sorted(self.topics.get_hosts(root, now), key=lambda peer: (get_mark(peer) - own) & MARK_MAX)
+            watched |= dict.fromkeys(after[:RING])
+        for root in pick(self._rng, list(self.topics.followed), 1):
+            if (host := self.topics.pick_host(root, self._rng, now)) is not None:
+                watched[host] = None
         return list(watched)
 
     def _meet_revived(self, now: float) -> list[Effect]:
@@ -391,11 +392,9 @@ class Membership:
     def _sweep(self, now: float) -> None:
         self._swept_at = now
         self.own.sign_due(now)
-        self.book.tick(now)
-        self.topics.expire_members(now)
-        for root in [root for root, topic in self.topics.followed.items() if topic.until <= now]:
-            del self.topics.followed[root]
-        self.topics.rebuild()
+        gone = self.book.tick(now) + self.topics.expire(now)
+        if gone:
+            self.topics.rebuild()
         self.detector.sweep(now)
 
 

@@ -6,13 +6,14 @@ are looked up at the same time, by paths that share no peer.
 
 from __future__ import annotations
 
-import functools
 import hashlib
+
+from daaswarm.core.memo import memo
 
 SIDE_PLACES = 2  # beside the key itself; a lookup has a path to each
 
 
-@functools.lru_cache(maxsize=8_192)
+@memo(8_192)
 def get_places(key: bytes) -> tuple[bytes, ...]:
     """The 32 byte places of a key: first the key itself, then SHA-256("daaswarm/place/1", number, key)."""
     sides = (hashlib.sha256(b"daaswarm/place/1" + bytes([i]) + key).digest() for i in range(1, SIDE_PLACES + 1))

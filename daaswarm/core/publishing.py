@@ -18,7 +18,7 @@ from daaswarm.messages import Contact, Pointer, Signed
 
 REPUBLISH_S = MAX_TTL_S / 3  # two may be lost before a record dies
 SPREAD = 0.1  # of that, by which one round may come earlier: nodes started together must not stay in step
-KEPT_ROUNDS = 2  # republishings that go to who kept the record, before its places are looked up again
+KEPT_ROUNDS = 5  # republishings that go to who kept the record, before its places are looked up again
 KEPT_SHARE = 2 / 3  # of those asked who took it; with fewer, the places are looked up
 BATCH = 64  # records in one Store message
 REASONS = 8  # different refusals told to the caller; what peers say is not counted on to be the same twice

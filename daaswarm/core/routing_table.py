@@ -8,9 +8,9 @@ few contacts of one network are taken (:mod:`daaswarm.core.subnets`).
 
 from __future__ import annotations
 
-import functools
 import hashlib
 
+from daaswarm.core.memo import memo
 from daaswarm.core.rng import Rng
 from daaswarm.core.subnets import get_subnets
 from daaswarm.messages import Contact
@@ -25,13 +25,13 @@ PER_SUBNET = 10  # and in the whole table; geth's value
 NEVER = float("-inf")
 
 
-@functools.lru_cache(maxsize=32_768)  # a simulation has ten thousand peers and those that left
+@memo(32_768)  # a simulation has ten thousand peers and those that left
 def get_node_id(peer_id: str) -> bytes:
     """A peer's 32 byte place in the key space: SHA-256 of its PeerId's text."""
     return hashlib.sha256(peer_id.encode()).digest()
 
 
-@functools.lru_cache(maxsize=32_768)
+@memo(32_768)
 def get_node_number(peer_id: str) -> int:
     """:func:`get_node_id` as the number that distances are computed with."""
     return int.from_bytes(get_node_id(peer_id), "big")
@@ -92,6 +92,11 @@ class RoutingTable:
     def __contains__(self, peer: PeerId) -> bool:
         number = get_node_number(peer)
         return number in self._get_bucket(number).entries
+
+    @property
+    def is_failing(self) -> bool:
+        """Whether the last call of some contact failed."""
+        return bool(self._failing)
 
     def note_seen(self, contact: Contact, now: float) -> bool:
         """``contact`` proved to be alive: it called us or answered. True when it is (now) in the table."""

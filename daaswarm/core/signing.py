@@ -6,7 +6,6 @@ a signature made for one purpose or one swarm is worth nothing in another, and n
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from typing import TypeVar, cast
 
@@ -16,6 +15,7 @@ from nacl.exceptions import BadSignatureError
 from nacl.signing import SigningKey, VerifyKey
 
 from daaswarm import messages
+from daaswarm.core.memo import memo
 from daaswarm.errors import ConfigError, RemoteProtocolError
 from daaswarm.types import PeerId
 
@@ -95,7 +95,7 @@ def get_peer_id(public_key: bytes) -> PeerId:
     return _encode_peer_id(public_key)
 
 
-@functools.lru_cache(maxsize=32_768)  # a simulation has ten thousand peers and those that left
+@memo(32_768)  # a simulation has ten thousand peers and those that left
 def get_public_key(peer_id: str) -> bytes:
     """The 32 byte Ed25519 public key inside a PeerId.
 
@@ -139,6 +139,6 @@ def _join(parts: list[bytes]) -> bytes:
     return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
 
 
-@functools.lru_cache(maxsize=32_768)
+@memo(32_768)
 def _encode_peer_id(public_key: bytes) -> PeerId:
     return PeerId(base58.b58encode(_PEER_ID_PREFIX + public_key).decode("ascii"))

@@ -6,9 +6,10 @@ table that takes few contacts of one network has to be attacked from many.
 
 from __future__ import annotations
 
-import functools
 import ipaddress
 from collections.abc import Iterable
+
+from daaswarm.core.memo import memo
 
 PREFIX_V4 = 24  # what is routed and sold as one; geth counts by the same
 PREFIX_V6 = 64  # one link; limits.CONNECTIONS_PER_ADDRESS counts by the same
@@ -20,7 +21,7 @@ def get_subnets(addrs: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(subnet for subnet in map(get_subnet, addrs) if subnet))
 
 
-@functools.lru_cache(maxsize=8_192)
+@memo(8_192)
 def get_subnet(addr: str) -> str:
     """``"/ip4/8.8.8.8/tcp/1"`` → ``"8.8.8.0/24"``; empty where the address names no network that could be counted.
 

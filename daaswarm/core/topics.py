@@ -8,10 +8,12 @@ from typing import cast
 from daaswarm.core.adverts import AdvertBook, Known
 from daaswarm.core.health import NEVER, HealthTable, State
 from daaswarm.core.marks import get_mark
+from daaswarm.core.rng import Rng, pick
 from daaswarm.messages import Contact
 from daaswarm.types import ModelRoot, PeerId
 
 TOPICS = 256  # followed at once; the one that ends soonest makes room
+TRIES = 4  # at random, before all are looked at
 MEMBERS = 256  # followers and pointed-to peers of one model remembered, beside those whose adverts are known
 
 
@@ -98,10 +100,18 @@ class Topics:
             for peer in topic.members:
                 self._marks[get_mark(peer)] = peer
 
-    def expire_members(self, now: float) -> None:
+    def expire(self, now: float) -> int:
+        """Topics and members whose time is over go. Returns how many; the index is not rebuilt."""
+        ended = [root for root, topic in self.followed.items() if topic.until <= now]
+        for root in ended:
+            del self.followed[root]
+        gone = len(ended)
         for topic in self.followed.values():
-            for peer in [peer for peer, (_, until) in topic.members.items() if until <= now]:
+            over = [peer for peer, (_, until) in topic.members.items() if until <= now]
+            for peer in over:
                 del topic.members[peer]
+            gone += len(over)
+        return gone
 
     def get_hosts(self, root: ModelRoot, now: float) -> list[PeerId]:
         """Who serves it and isn't down, but for this node, in the order in which they came."""
@@ -112,16 +122,39 @@ class Topics:
             peer = cast("PeerId", advert.peer_id)
             if peer == own or advert.withdrawn or not advert.expires_at > now:
                 continue
-            if peer not in troubled or self._health.get_state(peer) is not State.DOWN:
+            if peer not in troubled or self._is_there(peer):
                 hosts.append(peer)
         return hosts
+
+    def pick_host(self, root: ModelRoot, rng: Rng, now: float) -> PeerId | None:
+        """One of :meth:`get_hosts`, without walking over all of them where that can be avoided."""
+        known = list(self._book.get_all(root))
+        for _ in range(TRIES if known else 0):
+            advert = known[int(rng.random() * len(known))].advert
+            peer = cast("PeerId", advert.peer_id)
+            if peer != self._own and not advert.withdrawn and advert.expires_at > now and self._is_there(peer):
+                return peer
+        return next(iter(pick(rng, self.get_hosts(root, now), 1)), None)
+
+    def pick_colleague(self, root: ModelRoot, rng: Rng, now: float) -> PeerId | None:
+        """A host or a follower, all of them with the same chance."""
+        topic = self.followed.get(root)
+        if topic is None:
+            return None
+        hosts, members = len(self._book.get_all(root)), len(topic.members)
+        if rng.random() * (hosts + members) < hosts:
+            return self.pick_host(root, rng, now)
+        for peer in pick(rng, list(topic.members), TRIES):
+            if topic.members[peer][1] > now and root not in self._hosts.get(peer, ()) and self._is_there(peer):
+                return peer
+        return next(iter(pick(rng, self.get_colleagues(root, now), 1)), None)
 
     def get_followers(self, root: ModelRoot, now: float) -> list[PeerId]:
         """The members without an advert that aren't down."""
         return [
             peer
             for peer, (_, until) in self.followed[root].members.items()
-            if until > now and root not in self._hosts.get(peer, ()) and self._health.get_state(peer) is not State.DOWN
+            if until > now and root not in self._hosts.get(peer, ()) and self._is_there(peer)
         ]
 
     def shift(self, by_s: float) -> None:
@@ -177,3 +210,6 @@ class Topics:
 
     def find(self, mark: int) -> PeerId | None:
         return self._marks.get(mark)
+
+    def _is_there(self, peer: PeerId) -> bool:
+        return self._health.get_state(peer) is not State.DOWN

@@ -18,6 +18,7 @@ from daaswarm.core.kademlia_events import (
     LookupDone,
     Misbehaved,
     PublishDone,
+    RecordsFound,
     ReplyReceived,
     RequestFailed,
     RequestLate,
@@ -41,7 +42,7 @@ from daaswarm.messages import (
     Store,
     Stored,
 )
-from daaswarm.net.finding import Finder
+from daaswarm.net.finding import Finder, IsEnough, OnRecords
 from daaswarm.net.network import Network
 from daaswarm.net.spreading import Spreader
 from daaswarm.types import Dtype, ModelRoot, PeerId
@@ -68,7 +69,7 @@ class Discovery:
         self.membership = self.spreader.membership
         self.finder = Finder(network, notary, self.spreader, self.lookup, self.get_known)
         self._network = network
-        self._waiting: dict[str, tuple[trio.Event, list[LookupDone]]] = {}
+        self._waiting: dict[str, tuple[trio.Event, list[LookupDone], OnRecords | None]] = {}
         self._publishing: dict[bytes, tuple[trio.Event, list[PublishDone]]] = {}  # keys whose end somebody waits for
         self._lookups = 0
         self._farewells: set[int] = set()  # requests that withdraw something, not yet answered
@@ -127,13 +128,13 @@ class Discovery:
 
     # -- asking -------------------------------------------------------------------------------------------------
 
-    async def lookup(self, key: bytes, want: Want) -> LookupDone:
-        """One iterative lookup; what had been found when its deadline passed, nothing is nothing."""
+    async def lookup(self, key: bytes, want: Want, on_records: OnRecords | None = None) -> LookupDone:
+        """One iterative lookup; nothing if its deadline passed. ``on_records`` is told what it finds as it comes."""
         self._lookups += 1
         lookup_id = f"lookup-{self._lookups}"
         done = trio.Event()
         results: list[LookupDone] = []
-        self._waiting[lookup_id] = done, results
+        self._waiting[lookup_id] = done, results, on_records
         try:
             self._apply(self.kademlia.start_lookup(lookup_id, key, time.time(), want))
             with trio.move_on_after(LOOKUP_S):
@@ -142,9 +143,9 @@ class Discovery:
             del self._waiting[lookup_id]
         return results[0] if results else LookupDone(lookup_id=lookup_id, contacts=[], records=[])
 
-    async def find_adverts(self, root: ModelRoot) -> list[Known]:
-        """The adverts of all live hosts of a model, each fetched from its host just now; this node's own included."""
-        return await self.finder.find(root)
+    async def find_adverts(self, root: ModelRoot, is_enough: IsEnough | None = None) -> list[Known]:
+        """:meth:`Finder.find`."""
+        return await self.finder.find(root, is_enough)
 
     # -- being found --------------------------------------------------------------------------------------------
 
@@ -261,6 +262,10 @@ class Discovery:
         for effect in effects:
             if isinstance(effect, SendRequest):
                 self._nursery.start_soon(self._send, effect)
+            elif isinstance(effect, RecordsFound):
+                asker = self._waiting.get(effect.lookup_id)
+                if asker is not None and asker[2] is not None:
+                    asker[2](effect.records)
             elif isinstance(effect, LookupDone):
                 waiting = self._waiting.get(effect.lookup_id)
                 if waiting is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from daaswarm.config import Config
-from daaswarm.core.adverts import choose_dtype, leave_out_paused, rank_dtypes
+from daaswarm.core.adverts import Known, choose_dtype, is_covered, leave_out_paused, rank_dtypes
 from daaswarm.errors import ConfigError, NoPeerCouldServe
 from daaswarm.messages import ExpertCall
 from daaswarm.models.sources import LocalModel
@@ -171,7 +171,10 @@ class Answering:
         """Who serves the model now, in one dtype."""
         from daaswarm.inference.plan import make_plan
 
-        known = await self._discovery.find_adverts(model.root)
+        def is_enough(known: list[Known]) -> bool:
+            return is_covered(known, model.layers, kind=model.kind, dtype=dtype)
+
+        known = await self._discovery.find_adverts(model.root, is_enough)
         awake = leave_out_paused(known, model.layers, kind=model.kind)
         return make_plan(model, known, choose_dtype(awake, dtype, model.layers, kind=model.kind), self._get_island())
 

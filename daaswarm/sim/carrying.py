@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,7 @@ class Carrier:
         self.trace: Callable[[PeerId, str, Any], None] | None = None
         self.messages = 0
         self.bytes = 0
-        self.by_kind: dict[str, int] = {}
+        self.by_kind: defaultdict[type, int] = defaultdict(int)
         self._heap = heap
         self._wires = wires
         self._contact_bytes = contact_bytes
@@ -133,8 +134,7 @@ class Carrier:
         self.messages += 1
         self.bytes += size
         sender.bytes_sent += size
-        kind = type(message).__name__
-        self.by_kind[kind] = self.by_kind.get(kind, 0) + 1
+        self.by_kind[type(message)] += 1
         return size
 
 

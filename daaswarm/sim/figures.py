@@ -83,10 +83,10 @@ class Figures:
         now = world.heap.now
         self.offers += len(offered)
         for peer in offered:
-            host = world.carrier.peers[peer]
-            if not host.is_alive:
+            died_at = world.died_at.get(peer)
+            if died_at is not None:
                 self.dead_offers += 1
-                self.long_dead_offers += now - host.died_at > DEAD_S
+                self.long_dead_offers += now - died_at > DEAD_S
 
     def note_step(self, elapsed_s: float) -> None:
         """For plots: what the calls since the last step took."""

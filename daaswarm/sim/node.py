@@ -25,6 +25,7 @@ from daaswarm.messages import (
     FindNode,
     FindValue,
     GetAdverts,
+    Pointer,
     Store,
 )
 from daaswarm.sim.carrying import Rpc
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
     from daaswarm.sim.world import World
 
 SWARM = bytes(32)  # the swarm's id; there is only one
+
+
+OnDone = Callable[[dht.LookupDone], None]
+OnRecords = Callable[[list[Pointer]], None]
 
 
 class Liar(Protocol):
@@ -57,7 +62,6 @@ class SimNode:
         "asked",
         "bytes_sent",
         "contact",
-        "died_at",
         "expert",
         "finding",
         "found",
@@ -102,9 +106,9 @@ class SimNode:
         self.router = ReplicaRouter(rng)
         self.host = Host(self)
         self.is_alive = True
-        self.died_at = self.known_since = float("inf")
+        self.known_since = float("inf")
         self.asked: dict[int, Rpc] = {}  # requests to the membership that wait for its answer
-        self.lookups: dict[str, Callable[[dht.LookupDone], None]] = {}
+        self.lookups: dict[str, tuple[OnDone, OnRecords | None]] = {}
         self.finding: dict[ModelRoot, list[Any]] = {}  # calls that wait until the hosts of an expert are found
         self.found: set[ModelRoot] = set()  # experts whose hosts were found at some time
         self.served = self.bytes_sent = self.started = 0
@@ -128,11 +132,6 @@ class SimNode:
             self.apply(self.kademlia.publish(bytes.fromhex(self.root), now))
             self.known_since = now
 
-    def publish(self, _: Any = None, __: Any = None) -> None:
-        """Only its pointer."""
-        if self.root is not None and self.is_alive:
-            self.apply(self.kademlia.publish(bytes.fromhex(self.root), self.world.heap.now))
-
     def make_advert(self) -> Advert:
         assert self.root is not None
         return Advert(
@@ -148,10 +147,10 @@ class SimNode:
             expires_at=0.0,
         )
 
-    def look_up(self, target: bytes, want: Want, done: Callable[[dht.LookupDone], None]) -> None:
+    def look_up(self, target: bytes, want: Want, done: OnDone, on_records: OnRecords | None = None) -> None:
         self.started += 1
         lookup_id = f"lookup-{self.started}"
-        self.lookups[lookup_id] = done
+        self.lookups[lookup_id] = done, on_records
         self.apply(self.kademlia.start_lookup(lookup_id, target, self.world.heap.now, want))
 
     def _tick_dht(self, _: Any, __: Any) -> None:
@@ -183,10 +182,14 @@ class SimNode:
                     late_s=effect.late_s,
                     late=_tell_dht_late,
                 )
+            elif type(effect) is dht.RecordsFound:
+                asker = self.lookups.get(effect.lookup_id)
+                if asker is not None and asker[1] is not None:
+                    asker[1](effect.records)
             elif type(effect) is dht.LookupDone:
-                done = self.lookups.pop(effect.lookup_id, None)
-                if done is not None:
-                    done(effect)
+                ended = self.lookups.pop(effect.lookup_id, None)
+                if ended is not None:
+                    ended[0](effect)
             elif type(effect) is dht.Misbehaved:
                 self.world.figures.misbehaved += 1
 

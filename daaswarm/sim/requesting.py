@@ -6,23 +6,26 @@ core doesn't have.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from daaswarm.core.adverts import Known
 from daaswarm.core.health import State
 from daaswarm.core.kademlia_events import LookupDone
 from daaswarm.core.membership_events import WantMembers
 from daaswarm.errors import LocalProtocolError, NoPeerCouldServe, RemoteProtocolError
-from daaswarm.messages import Adverts, Contact, ExpertCall, ExpertReply, Failure, GetAdverts
+from daaswarm.messages import Adverts, Contact, ExpertCall, ExpertReply, Failure, GetAdverts, Pointer
 from daaswarm.sim.carrying import Rpc
 from daaswarm.types import ModelRoot, PeerId
 
 if TYPE_CHECKING:
-    from daaswarm.sim.node import SimNode
+    from daaswarm.sim.node import OnDone, OnRecords, SimNode
     from daaswarm.sim.world import World
 
 ADVERT_S = 5.0  # to dial one host and ask for its adverts
 DOUBTED_S = 0.5  # ... of one that didn't answer before
 ASKED = 256  # hosts asked for adverts at most
+REST_S = 0.5  # for the others once one has answered, or as long again as that took
 LOOKUP_S = 15.0  # a whole lookup
 CALL_S = 30.0  # the longest that a call waits
 PATIENCE_S = 2.0  # a silent host is given up after this (or 20 times its usual time) if a replica exists
@@ -46,14 +49,25 @@ class Call:
 
 
 class _Finding:
-    """Hosts that are being asked for their adverts."""
+    """Hosts that are being asked for their adverts.
 
-    __slots__ = ("left", "node", "root")
+    Attributes:
+        contacts: all that were asked.
+        left: how many of them have not answered.
+        is_looking: the lookup goes on.
+        is_enough: one has answered that it serves the expert.
+    """
 
-    def __init__(self, node: SimNode, root: ModelRoot, left: int) -> None:
+    __slots__ = ("contacts", "is_enough", "is_looking", "is_over", "left", "node", "root", "started")
+
+    def __init__(self, node: SimNode, root: ModelRoot, started: float) -> None:
         self.node = node
         self.root = root
-        self.left = left
+        self.started = started
+        self.contacts: dict[PeerId, Contact] = {}
+        self.left = 0
+        self.is_looking = True
+        self.is_enough = self.is_over = False
 
 
 class Requesting:
@@ -163,16 +177,20 @@ class Requesting:
             return
         node.finding[root] = [call]
         now = self._world.heap.now
+        finding = _Finding(node, root, now)
+        self._ask(finding, [_get_contact(known) for known in node.membership.book.get_adverts(root, now)])
 
-        def fetch(done: LookupDone) -> None:
-            pointed = self._judge(node, root, done, now)
-            self._fetch(node, root, pointed)
+        def end(done: LookupDone) -> None:
+            self._ask(finding, self._judge(node, root, done, now))
+            finding.is_looking = False
+            if not finding.left:
+                self._end_finding(finding)
 
-        self._look_up(node, root, fetch)
+        self._look_up(node, root, end, lambda records: self._ask(finding, _get_pointed(records)))
 
-    def _look_up(self, node: SimNode, root: ModelRoot, done: Any) -> None:
+    def _look_up(self, node: SimNode, root: ModelRoot, done: OnDone, on_records: OnRecords | None = None) -> None:
         try:
-            node.look_up(bytes.fromhex(root), "records", done)
+            node.look_up(bytes.fromhex(root), "records", done, on_records)
         except LocalProtocolError:
             done(LookupDone(lookup_id="", contacts=[], records=[]))
 
@@ -182,40 +200,38 @@ class Requesting:
         is_late = world.heap.now - started > LOOKUP_S
         records = [] if is_late else done.records
         world.figures.note_lookup(world, node, root, records, done, world.heap.now - started)
-        return [Contact(peer_id=pointer.peer_id, addrs=pointer.addrs) for pointer in records]
+        return _get_pointed(records)
 
-    def _fetch(self, node: SimNode, root: ModelRoot, pointed: list[Contact]) -> None:
-        now = self._world.heap.now
-        membership = node.membership
-        contacts = {
-            PeerId(k.advert.peer_id): Contact(peer_id=k.advert.peer_id, addrs=k.advert.addrs)
-            for k in membership.book.get_adverts(root, now)
-        }
-        contacts |= {PeerId(contact.peer_id): contact for contact in pointed}
-        contacts.pop(node.peer_id, None)
-        node.perform(membership.introduce(root, contacts.values(), now))
-        asked = sorted(contacts.values(), key=lambda c: membership.get_state(PeerId(c.peer_id)) is not State.UP)[:ASKED]
-        finding = _Finding(node, root, len(asked))
-        for contact in asked:
-            is_up = membership.get_state(PeerId(contact.peer_id)) is State.UP
-            message = GetAdverts(model_root=root)
-            deadline_s = ADVERT_S if is_up else DOUBTED_S
+    def _ask(self, finding: _Finding, contacts: Iterable[Contact]) -> None:
+        """Those that weren't asked yet what they serve."""
+        node, membership = finding.node, finding.node.membership
+        for contact in contacts:
+            peer = PeerId(contact.peer_id)
+            if finding.is_over or peer in finding.contacts or peer == node.peer_id or len(finding.contacts) >= ASKED:
+                continue
+            finding.contacts[peer] = contact
+            finding.left += 1
+            deadline_s = ADVERT_S if membership.get_state(peer) is State.UP else DOUBTED_S
+            message = GetAdverts(model_root=finding.root)
             self._world.carrier.send(node, contact, message, deadline_s, self._on_adverts, finding)
-        if not asked:
-            self._end_finding(finding)
 
     def _on_adverts(self, rpc: Rpc, answer: Any) -> None:
         finding: _Finding = rpc.note
+        if finding.is_over:
+            return
         node, now = finding.node, self._world.heap.now
         peer = rpc.target.peer_id if rpc.target is not None else None
         if isinstance(answer, Adverts) and peer is not None:
             node.perform(node.membership.note_alive(peer, now))
             if not any(self._keep(node, finding.root, peer, signed) for signed in answer.adverts):
                 node.membership.book.withdraw(peer, finding.root)
+            elif not finding.is_enough:
+                finding.is_enough = True
+                self._world.heap.at(now + max(REST_S, now - finding.started), self._end_finding, finding)
         elif answer is None and peer is not None:
             node.perform(node.membership.note_failed(peer, now))
         finding.left -= 1
-        if not finding.left:
+        if not finding.left and not finding.is_looking:
             self._end_finding(finding)
 
     def _keep(self, node: SimNode, root: ModelRoot, peer: PeerId, signed: Any) -> bool:
@@ -228,8 +244,20 @@ class Requesting:
             return False
         return True
 
-    def _end_finding(self, finding: _Finding) -> None:
-        node = finding.node
+    def _end_finding(self, finding: _Finding, _: Any = None) -> None:
+        if finding.is_over:
+            return
+        finding.is_over = True
+        node, now = finding.node, self._world.heap.now
+        node.perform(node.membership.introduce(finding.root, finding.contacts.values(), now))
         node.found.add(finding.root)
         for call in node.finding.pop(finding.root):
             self._choose(call)
+
+
+def _get_pointed(records: Iterable[Pointer]) -> list[Contact]:
+    return [Contact(peer_id=pointer.peer_id, addrs=pointer.addrs) for pointer in records]
+
+
+def _get_contact(known: Known) -> Contact:
+    return Contact(peer_id=known.advert.peer_id, addrs=known.advert.addrs)

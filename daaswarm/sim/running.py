@@ -91,7 +91,7 @@ def summarise(world: World) -> dict[str, Any]:
         "bytes_per_node_s_idle_links": round(get_idle_bytes_s(links) / len(world.slots), 1),
         "links_per_node": round(2 * links / len(world.slots), 1),
         "messages_per_node_s": round(carrier.messages / node_s, 3),
-        "messages": dict(sorted(carrier.by_kind.items())),
+        "messages": dict(sorted((kind.__name__, count) for kind, count in carrier.by_kind.items())),
         "dialled": world.wires.dialled,
         "events": world.heap.events,
         **({"healing": healing} if (healing := world.healing.summarise()) else {}),

@@ -5,7 +5,7 @@ What a node knows at the start is what the rules of the core lead to in the long
 * each bucket holds up to k contacts, drawn at random of those who belong there, seen within the last probing interval;
   a bucket was last refreshed at a random time within the refreshing interval; there are connections to all contacts;
 * every pointer lies with the peers nearest to its places, and was published at a random time within the republishing
-  interval; its publisher republishes when that has passed;
+  interval; its publisher knows them, and republishes when that has passed;
 * hosts of one expert know each other's adverts. So do the ``settled`` among those whose users ask for it: they follow
   it, have called each of its hosts, and asked some of the others who follow it for news lately.
 """
@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING
 from daaswarm.core.kademlia import PROBE_S, REFRESH_S
 from daaswarm.core.membership import MEMBER_S, PULL_S, WANT_S
 from daaswarm.core.places import get_places, get_replicas
-from daaswarm.core.publishing import REPUBLISH_S
+from daaswarm.core.publishing import KEPT_ROUNDS, REPUBLISH_S, Publication
 from daaswarm.core.routing_table import ID_BITS, SPARES, K, get_node_id, get_node_number
 from daaswarm.core.signing import MAX_TTL_S
-from daaswarm.messages import Pointer
-from daaswarm.types import ModelRoot
+from daaswarm.messages import Contact, Pointer
+from daaswarm.types import ModelRoot, PeerId
 
 if TYPE_CHECKING:
     from daaswarm.sim.node import SimNode
@@ -105,12 +105,22 @@ def _place_pointer(world: World, node: SimNode, ring: Ring, rng: random.Random) 
     )
     signed = node.notary.seal_pointer(pointer)
     node.kademlia.store.put(signed, now)
+    keepers: dict[PeerId, Contact] = {}
     for i, place in enumerate(get_places(key)):
         for keeper in get_nearest(ring, int.from_bytes(place, "big"), get_replicas(K, i)):
             if keeper is not node and keeper.liar is None:
                 keeper.kademlia.store.put(signed, now, node.peer_id)
+                keepers[keeper.peer_id] = keeper.contact
+    node.kademlia.publisher.publications[key] = Publication(
+        signed,
+        pointer.seq,
+        due_at=now + REPUBLISH_S - age_s,
+        asked=len(keepers),
+        stored=len(keepers),
+        keepers=list(keepers.values()),
+        rounds=int((KEPT_ROUNDS + 1) * rng.random()),
+    )
     node.known_since = now - age_s
-    world.heap.at(now + REPUBLISH_S - age_s, node.publish)
 
 
 def _exchange_adverts(world: World, hosts: Sequence[SimNode], rng: random.Random) -> None:

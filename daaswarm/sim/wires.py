@@ -20,7 +20,7 @@ DIAL_ROUNDS = 4
 DIAL_BYTES = 3_600  # both ways: two TLS flights with one certificate, and three messages
 PACKET_BYTES = 1_400  # payload of one packet on a path with an MTU of 1,500
 RESEND_S = 0.2  # Linux's shortest retransmission timeout
-KEEP_MINUTES = 5  # a node has 1,024 connections at most; in a large swarm they are pushed out about so soon
+KEEP_MINUTES = 10  # a node has 1,024 connections at most; in a large swarm they are pushed out about so soon
 PING_BYTES = 2 * (16 + 9 + 22 + 40)  # a ping and its answer on an idle connection: frame, message, TLS, TCP and IP
 NEVER = math.inf
 
@@ -37,6 +37,8 @@ class Wires:
     def __init__(self, scenario: Scenario, rng: random.Random, size: int) -> None:
         self._scenario = scenario
         self._rng = rng
+        self._draw = rng.random
+        self._loss = scenario.loss
         self._regions = [0] * size
         self._miles = [0.0] * size
         self._sides = [0] * size
@@ -101,17 +103,18 @@ class Wires:
         """Seconds until a message is there over a connection that exists."""
         if self._sides[a] != self._sides[b]:
             return NEVER
-        draw = self._rng.random
         way = self._half[self._regions[a]][self._regions[b]] + self._miles[a] + self._miles[b]
-        seconds = way * self._jitter[int(draw() * _TABLE)]
-        loss = self._scenario.loss
+        drawn = self._draw() * _TABLE
+        step = int(drawn)
+        seconds = way * self._jitter[step]
+        loss, left = self._loss, drawn - step  # what is left is as random as another draw
         if loss:
             packets = 1 + size // PACKET_BYTES
             wait = max(RESEND_S, 4 * way)
-            while draw() < (loss if packets == 1 else 1 - (1 - loss) ** packets):
+            while left < (loss if packets == 1 else 1 - (1 - loss) ** packets):
                 seconds += wait
                 wait *= 2
-                packets = 1
+                packets, left = 1, self._draw()
         return seconds
 
     def count_links(self) -> int:

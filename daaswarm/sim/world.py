@@ -27,7 +27,7 @@ from daaswarm.sim.scenario import Scenario
 from daaswarm.sim.sizes import get_contact_bytes
 from daaswarm.sim.warm import warm_up
 from daaswarm.sim.wires import Wires
-from daaswarm.types import ModelRoot
+from daaswarm.types import ModelRoot, PeerId
 
 SEEDS = 3  # peers that a newcomer is given
 LOAD_S = 5.0  # from a newcomer's first contact until it hosts: its weights are read meanwhile
@@ -43,6 +43,7 @@ class World:
     Attributes:
         slots: who lives where now, dead or alive; hostile ones come last, but for those of storms.
         favourites: by slot, the experts that its users ask for.
+        died_at: when those died who did.
     """
 
     def __init__(self, scenario: Scenario) -> None:
@@ -69,6 +70,7 @@ class World:
         self.served: list[int] = []  # by slot, by those who are gone
         self._count = 0
         self.favourites: list[list[ModelRoot]] = []
+        self.died_at: dict[PeerId, float] = {}
         self.honest = scenario.nodes - round(scenario.hostile * scenario.nodes)
 
     # -- before it begins -------------------------------------------------------------------------------------------
@@ -176,7 +178,7 @@ class World:
     def kill(self, node: SimNode) -> None:
         """It falls silent; nobody is told."""
         node.is_alive = False
-        node.died_at = self.heap.now
+        self.died_at[node.peer_id] = self.heap.now
         if node.root is not None:
             del self._hosts[node.root][node.number]
         self.served[node.slot] += node.served

@@ -13,6 +13,7 @@ from daaswarm.core.kademlia_events import (
     Effect,
     LookupDone,
     PublishDone,
+    RecordsFound,
     Reply,
     ReplyReceived,
     RequestFailed,
@@ -44,6 +45,7 @@ class FaultySwarm:
         self.records: set[tuple[bytes, int]] = set()
         self.ever: set[tuple[bytes, str, str]] = set()  # key, peer, address that was published at some time
         self.running: dict[tuple[int, str], float] = {}  # lookups that have not ended: since when
+        self.told: dict[tuple[int, str], list[Pointer]] = {}  # by lookups that have not ended
         self.ended: list[tuple[int, LookupDone]] = []
         self.published: list[PublishDone] = []
         self._numbers = {make_peer(n + 1): n for n in range(count)}
@@ -137,12 +139,16 @@ class FaultySwarm:
         for effect in effects:
             if isinstance(effect, SendRequest):
                 self._send(n, effect)
-            elif isinstance(effect, LookupDone):
-                del self.running[n, effect.lookup_id]
-                self.ended.append((n, effect))
+            elif isinstance(effect, RecordsFound):
                 for pointer in effect.records:
                     assert pointer.addrs
                     self._check(pointer.key, pointer)
+                self.told.setdefault((n, effect.lookup_id), []).extend(effect.records)
+            elif isinstance(effect, LookupDone):
+                del self.running[n, effect.lookup_id]
+                self.ended.append((n, effect))
+                told = self.told.pop((n, effect.lookup_id), [])
+                assert all(pointer in told for pointer in effect.records)
             else:
                 assert isinstance(effect, PublishDone), effect
                 self.published.append(effect)

@@ -209,14 +209,14 @@ def count_lookups(driver: Driver, node: Kademlia) -> int:
     return sum(isinstance(e.message, FindNode) and e.message.target in get_places(KEY) for e in sent)
 
 
-def test_republishing_asks_who_is_near_every_third_time_only() -> None:
+def test_republishing_asks_who_is_near_every_sixth_time_only() -> None:
     driver = build(40)
     node = driver.nodes[make_peer(2)]
     assert driver.publish(node, KEY).stored >= 20
     for _ in range(KEPT_ROUNDS):
-        seq = node._publisher.publications[KEY].seq
+        seq = node.publisher.publications[KEY].seq
         assert count_lookups(driver, node) == 0
-        assert node._publisher.publications[KEY].seq > seq
+        assert node.publisher.publications[KEY].seq > seq
     assert count_lookups(driver, node) > 0
 
 
@@ -224,7 +224,7 @@ def test_keepers_that_are_gone_are_looked_for_at_once() -> None:
     driver = build(40)
     node = driver.nodes[make_peer(2)]
     driver.publish(node, KEY)
-    publication = node._publisher.publications[KEY]
+    publication = node.publisher.publications[KEY]
     publication.stored = publication.asked // 2
     assert count_lookups(driver, node) > 0
 

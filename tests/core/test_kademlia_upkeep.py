@@ -102,7 +102,7 @@ def test_whoever_should_have_known_learns_it_from_a_lookup_and_forgets_it_in_tim
         driver.lookup(driver.nodes[make_peer(i)], KEY)
     ((pointer, _),) = forgetful.store.get(KEY, driver.now)
     assert done.asked == 11 and pointer.expires_at == NOW + 2.0 + 900
-    driver.nodes[make_peer(2)]._publisher.publications.clear()
+    driver.nodes[make_peer(2)].publisher.publications.clear()
     driver.tick(899)
     assert len(forgetful.store) == 1
     driver.tick(1.5)

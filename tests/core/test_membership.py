@@ -14,7 +14,7 @@ from daaswarm import messages
 from daaswarm.core.detector import RECENT_S
 from daaswarm.core.health import State
 from daaswarm.core.marks import get_mark, pack_versions
-from daaswarm.core.membership import PUSH_BURST
+from daaswarm.core.membership import PULL_S, PUSH_BURST
 from daaswarm.core.membership_events import Misbehaved, Reply, RequestReceived, SendRequest
 from daaswarm.core.news import FANOUT
 from daaswarm.core.signing import MAX_TTL_S
@@ -247,7 +247,7 @@ def test_a_model_with_thousands_of_hosts_goes_over_in_parts() -> None:
         fake = msgspec.structs.replace(
             make_advert(1, {0: [1]}), peer_id=f"12D3KooW{i:044d}", seq=1, expires_at=NOW + 800
         )
-        swarm.nodes[1].book.keep(notary.open_advert(notary.seal_advert(fake), NOW))
+        swarm.nodes[1].put(notary.seal_advert(fake), NOW)
     swarm.forge = lambda *call: messages.Pong() if isinstance(call[2], Ping) else None
     swarm.run(300)
     assert len(swarm.nodes[2].book.get_all(ROOT)) > 1_000  # as many as are kept on others' word
@@ -270,7 +270,7 @@ def test_the_clock_is_set() -> None:
         swarm.now += 3_600.0
     for number, node in swarm.nodes.items():
         swarm.perform(number, node.renew(swarm.now))
-    swarm.run(40)
+    swarm.run(2 * PULL_S)
     assert all(set(swarm.offered(n)) == set(range(1, 6)) for n in swarm.nodes)
     swarm.validate()
 

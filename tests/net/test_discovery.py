@@ -160,6 +160,85 @@ async def test_a_silent_host_costs_one_deadline(autojump_clock: Any) -> None:
         hub.heal()
 
 
+async def test_when_enough_have_answered_the_others_are_not_waited_for_much_longer(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: Any
+) -> None:
+    async with open_nodes(3) as (_, nodes):
+        for host in nodes[:2]:
+            host.discovery.advertise(ROOT, "m", "moe", HELD, "f32")
+        await settle()
+        asker, real, after_s = nodes[2], nodes[2].pool.call, {nodes[0].peer_id: 0.1, nodes[1].peer_id: 60.0}
+
+        async def call(contact: Contact, *args: Any, **options: Any) -> Any:
+            if isinstance(args[0], GetAdverts):
+                await trio.sleep(after_s[contact.peer_id])
+            return await real(contact, *args, **options)
+
+        async def find(wanted: int) -> tuple[set[str], float]:
+            begin = trio.current_time()
+            found = await asker.discovery.find_adverts(ROOT, lambda known: len(known) >= wanted)
+            return {known.advert.peer_id for known in found}, trio.current_time() - begin
+
+        monkeypatch.setattr(finding, "ADVERT_S", 30.0)
+        monkeypatch.setattr(asker.pool, "call", call)
+        assert await find(1) == ({nodes[0].peer_id}, pytest.approx(0.1 + finding.REST_S, abs=0.01))
+        assert (await find(2))[1] == pytest.approx(finding.ASKING_S, abs=0.01)  # never enough: all are waited for
+        after_s[nodes[1].peer_id] = 0.3
+        assert await find(1) == ({node.peer_id for node in nodes[:2]}, pytest.approx(0.3, abs=0.01))
+
+
+async def test_hosts_are_asked_while_the_lookup_goes_on(monkeypatch: pytest.MonkeyPatch, autojump_clock: Any) -> None:
+    async with open_nodes(3) as (_, nodes):
+        host, asker = nodes[1:]
+        host.discovery.advertise(ROOT, "m", "moe", HELD, "f32")
+        await settle()
+        real = asker.discovery.lookup
+        looked_up: list[LookupDone] = []
+
+        async def look_up(key: bytes, want: Any, on_records: Any) -> LookupDone:
+            looked_up.append(await real(key, want, on_records))
+            await trio.sleep(10)
+            return looked_up[0]
+
+        monkeypatch.setattr(asker.discovery.finder, "_look_up", look_up)
+        begin = trio.current_time()
+        found = await asker.discovery.find_adverts(ROOT, bool)
+        assert [known.advert.peer_id for known in found] == [host.peer_id]
+        assert trio.current_time() - begin == pytest.approx(finding.REST_S, abs=0.1)
+        assert [pointer.peer_id for pointer in looked_up[0].records] == [host.peer_id]
+
+
+async def test_a_host_that_moved_is_asked_at_its_new_address_too(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: Any
+) -> None:
+    async with open_nodes(3) as (_, nodes):
+        host, asker = nodes[1:]
+        host.discovery.advertise(ROOT, "m", "moe", HELD, "f32")
+        await settle()
+        assert await asker.find() == {host.peer_id: HELD}  # and remembered with its address
+        real, tried = asker.pool.call, list[list[str]]()
+
+        async def call(contact: Contact, *args: Any, **options: Any) -> Any:
+            if isinstance(args[0], GetAdverts):
+                tried.append(contact.addrs)
+                await trio.sleep(1)
+                if "/memory/new" not in contact.addrs:
+                    raise Unreachable("nobody there")
+            return await real(contact, *args, **options)
+
+        async def look_up(key: bytes, want: Any, on_records: Any) -> LookupDone:
+            await trio.sleep(0.5)
+            pointer = Pointer(key=key, peer_id=host.peer_id, addrs=["/memory/new"], seq=9, expires_at=1e12)
+            on_records([pointer])
+            return LookupDone(lookup_id="", contacts=[], records=[pointer])
+
+        monkeypatch.setattr(asker.pool, "call", call)
+        monkeypatch.setattr(asker.discovery.finder, "_look_up", look_up)
+        assert await asker.find() == {host.peer_id: HELD}
+        assert [addrs[0] for addrs in tried] == [f"/memory/{host.peer_id}", "/memory/new"]
+        assert asker.discovery.finder.get_unanswered(ROOT) == []
+
+
 async def test_a_node_alone() -> None:
     async with open_nodes(1) as (_, nodes):
         assert await nodes[0].find() == {}
@@ -226,7 +305,7 @@ async def test_a_flood_of_pointers_costs_a_bounded_time_and_number_of_dials(
         ]
         asked: list[str] = []
 
-        async def look_up(key: bytes, want: Any) -> LookupDone:
+        async def look_up(key: bytes, want: Any, on_records: Any) -> LookupDone:
             return LookupDone(lookup_id="", contacts=[], records=pointers)
 
         real = asker.pool.call

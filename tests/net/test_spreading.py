@@ -63,19 +63,14 @@ async def test_no_requester_waits_twice_for_a_silent_host(autojump_clock: Any) -
         for _ in range(3):
             begin = trio.current_time()
             with trio.fail_after(60):
-                contact = Contact(peer_id=silent.peer_id, addrs=[])
-                await asker.discovery.finder._ask_each([contact], lambda c: _fetch(asker, c))
+                contact = Contact(peer_id=silent.peer_id, addrs=[f"/memory/{silent.peer_id}"])
+                await asker.discovery.finder._fetch(contact, ROOT, set())
             waited.append(trio.current_time() - begin)
         assert [round(s, 1) for s in waited] == [ADVERT_S, DOUBTED_S, DOUBTED_S]
         hub.heal()
         await trio.sleep(60)
         assert silent.peer_id in await asker.find()
         assert asker.discovery.membership.get_state(PeerId(silent.peer_id)) is State.UP
-
-
-async def _fetch(asker: Node, contact: Contact) -> None:
-    full = Contact(peer_id=contact.peer_id, addrs=[f"/memory/{contact.peer_id}"])
-    await asker.discovery.finder._fetch(full, ROOT, set())
 
 
 async def test_who_asks_first_is_told_by_others_who_is_down(autojump_clock: Any) -> None:
@@ -127,7 +122,7 @@ async def test_the_swarm_is_asked_where_the_dht_has_nothing(
         nodes[2].discovery.advertise(ROOT, "m", "moe", HELD, "f32")
         await settle()
 
-        async def find_nobody(key: bytes, want: Any) -> Any:
+        async def find_nobody(key: bytes, want: Any, on_records: Any) -> Any:
             return await nodes[5].discovery.lookup(bytes(32), want)
 
         monkeypatch.setattr(nodes[5].discovery.finder, "_look_up", find_nobody)

@@ -45,7 +45,7 @@ class FailingAnswering(Answering):
 
     def __init__(self, known: list[Known], failing: set[str], text: str = "") -> None:
         class Discovery:
-            async def find_adverts(self, root: str) -> list[Known]:
+            async def find_adverts(self, root: str, is_enough: Any = None) -> list[Known]:
                 return known
 
         class Network:

@@ -17,7 +17,7 @@ async def test_a_clock_that_is_set_back_loses_nothing(moe: Path, tmp_path: Path)
     async with node(tmp_path / "a") as a, node(tmp_path / "b", bootstrap=a) as b:
         root = (await deploy(a, moe, layers="0"))["model_root"]
         before = a.discovery.membership.own.get_signed(root, time.time())
-        publication = a.discovery.kademlia._publisher.publications[bytes.fromhex(root)]
+        publication = a.discovery.kademlia.publisher.publications[bytes.fromhex(root)]
         due, seen = publication.due_at, [e.seen_at for e in a.discovery.kademlia.table.get_entries()]
         wall, monotonic = [time.time()], [0.0]
         vigil = Vigil(a.network, a.discovery, a.hosting, wall=lambda: wall[0], monotonic=lambda: monotonic[0])
@@ -28,7 +28,7 @@ async def test_a_clock_that_is_set_back_loses_nothing(moe: Path, tmp_path: Path)
         moved = [e.seen_at for e in a.discovery.kademlia.table.get_entries()]
         assert moved == pytest.approx([at - 3605 for at in seen])
         after = a.discovery.membership.own.get_signed(root, time.time())
-        assert after != before and a.discovery.kademlia._publisher.publications[bytes.fromhex(root)].due_at != due
+        assert after != before and a.discovery.kademlia.publisher.publications[bytes.fromhex(root)].due_at != due
         assert b.discovery.book.put(after, time.time())
         assert not b.discovery.book.put(before, time.time())  # the newer one has the higher number all the same
 

@@ -99,6 +99,7 @@ EXAMPLES: dict[str, msgspec.Struct] = {
         expires_at=1.5e9,
     ),
     "find_node": FindNode(target=KEY),
+    "find_node/full": FindNode(target=KEY, wanted=0),
     "find_value": FindValue(key=KEY),
     "find_value/full": FindValue(key=KEY, place=KEY[::-1]),
     "found": Found(),
