@@ -10,6 +10,7 @@ import os
 import select
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 if sys.platform == "win32":
@@ -21,6 +22,11 @@ else:
 
 LOCK_AT = 1 << 30  # Windows locks bytes, and nobody can read those: one far behind what any locked file holds
 OWNER_ONLY = "D:P(A;;FA;;;OW)"  # Windows' mode 0600: nothing inherited, all rights to the owner
+
+
+def expand_user(path: str | os.PathLike[str]) -> Path:
+    """``~`` and ``~name`` as shells read them: as they are where there is no such user, for which pathlib raises."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def try_lock(file: int) -> bool:
@@ -118,6 +124,16 @@ def claim_port(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
     else:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+
+
+def wait_any_readable(files: Sequence[int], timeout_s: float) -> list[int]:
+    """Block this thread until one of the sockets (by number) can be read, or for that long; those that can."""
+    if sys.platform == "win32":
+        return select.select(files, [], [], timeout_s)[0]
+    poll = select.poll()
+    for file in files:
+        poll.register(file, select.POLLIN)
+    return [file for file, _ in poll.poll(timeout_s * 1000)]
 
 
 def wait_readable(sock: socket.socket, timeout_s: float) -> None:

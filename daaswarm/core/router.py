@@ -3,6 +3,9 @@
 A call's predicted time is ``max over peers (fixed + units x unit) + EXTRA_PEER_S x peers``: makespan scheduling on
 unrelated machines with a set-up cost, solved greedily (largest first, Graham 1969) and then by dropping peers that
 don't pay for themselves. The estimates come from the replies; a call that looks like an earlier one reuses its plan.
+
+All requesters see the same host being the fastest, and would all go there. So each part of a plan goes to the better of
+two replicas drawn from those about as good (Mitzenmacher, "The Power of Two Choices", IEEE TPDS 12:10, 2001).
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
+from daaswarm.core.hedging import Hedging
 from daaswarm.core.rng import Rng
 from daaswarm.errors import NoPeerCouldServe
 from daaswarm.types import PeerId
@@ -24,15 +28,19 @@ FORGET_S = 60.0  # a peer not called for this long is a newcomer again, or a slo
 FORGET_CHOICES = 256  # ... if so many were made meanwhile: who asks rarely would do little but try newcomers
 COOLDOWN_S = 1.0  # after a failure, doubled by each further one
 COOLDOWN_MAX_S = 60.0
+COOLDOWN_WAITS = 10.0  # times what the failure took, at least: trying a silent peer takes a tenth of the time at most
+LATE_LIMIT = 2  # calls in a row that another replica answered first are a failure: one is a bad moment
 QUEUE_FRESH_S = 1.0  # a queue depth older than this says nothing
 PLANS = 4_096  # remembered
 PLAN_S = 1.0  # that a plan is reused for at most, since cool-downs end and estimates age
+NEAR = 2.0  # times the time of the best: as good as any, for two to be drawn of (measured: docs/explanation/tail.md)
 EXPLORE_EVERY = 16  # choices; one goes to replicas that the best plan leaves out
 EXPLORE_COST = 8.0  # unless it would take this many times as long
 PEERS = 8_192  # with an estimate; the longest unused goes
 
 Plan = dict[PeerId, list[int]]
 _NOBODY: frozenset[PeerId] = frozenset()
+_Near = dict[PeerId, list[PeerId]]
 _PlanKey = tuple[tuple[tuple[int, int], ...], tuple[tuple[PeerId, ...], ...], AbstractSet[PeerId]]
 
 
@@ -42,7 +50,18 @@ _Estimate = tuple[float, float]  # (fixed s, s per unit)
 class _Peer:
     """What replies taught about one peer, by size class: large batches cost less per row and more on the wire."""
 
-    __slots__ = ("by_size", "cool_until", "failures", "planned", "queue_at", "queue_s", "tie", "used_at", "used_in")
+    __slots__ = (
+        "by_size",
+        "cool_until",
+        "failures",
+        "late",
+        "planned",
+        "queue_at",
+        "queue_s",
+        "tie",
+        "used_at",
+        "used_in",
+    )
 
     def __init__(self, tie: float, now: float, choice: int) -> None:
         self.tie = tie  # so that requesters don't all prefer the same one of several equals
@@ -52,6 +71,7 @@ class _Peer:
         self.used_at = now
         self.used_in = choice  # how many choices had been made when it was last heard of
         self.failures = 0
+        self.late = 0  # hedged calls since its last answer
         self.cool_until = 0.0
         self.planned: dict[int, _Estimate] = {}  # what live plans rest on
 
@@ -60,10 +80,12 @@ class ReplicaRouter:
     """One requester's choice of replicas, over all its calls."""
 
     def __init__(self, rng: Rng) -> None:
+        self.hedging = Hedging()
         self._rng = rng
         self._peers: dict[PeerId, _Peer] = {}
-        self._plans: dict[_PlanKey, tuple[float, Plan]] = {}
+        self._plans: dict[_PlanKey, tuple[float, Plan, _Near]] = {}
         self._choices = 0
+        self._failing: set[PeerId] = set()  # since their last answer
 
     def choose(
         self,
@@ -93,10 +115,25 @@ class ReplicaRouter:
             NoPeerCouldServe: with every expert of ``layer`` that has no candidate left.
         """
         if exclude or is_retry:
-            return self._plan(layer, rows, candidates, now, exclude, preferred, is_retry=is_retry)
-        plan = self._get_plan(layer, rows, candidates, now, preferred)
-        self._choices += 1
-        return plan if self._choices % EXPLORE_EVERY else self._explore(plan, layer, rows, candidates, now, preferred)
+            plan = self._plan(layer, rows, candidates, now, exclude, preferred, is_retry=is_retry)
+        else:
+            plan, near = self._get_plan(layer, rows, candidates, now, preferred)
+            self._choices += 1
+            if not self._choices % EXPLORE_EVERY:
+                plan = self._explore(plan, layer, rows, candidates, now, preferred)
+            elif near:
+                plan = self._choose_of_two(plan, near, rows, now)
+        if self._failing:
+            self._put_on_trial(plan, now)
+        return plan
+
+    def _put_on_trial(self, plan: Plan, now: float) -> None:
+        """A peer that failed before is tried by one call, not by all that come until it fails again."""
+        for peer in self._failing.intersection(plan):
+            state = self._get(peer, now)
+            if now >= state.cool_until:
+                state.cool_until = now + COOLDOWN_S
+                self._plans.clear()
 
     def _get_plan(
         self,
@@ -105,17 +142,57 @@ class ReplicaRouter:
         candidates: Mapping[int, Sequence[PeerId]],
         now: float,
         preferred: frozenset[PeerId],
-    ) -> Plan:
-        """The best plan by today's estimates, from memory if it was just made."""
+    ) -> tuple[Plan, _Near]:
+        """The best plan by today's estimates, from memory if it was just made; and who could stand in for its peers."""
         key = (tuple(rows.items()), tuple([tuple(candidates.get(expert, ())) for expert in rows]), preferred)
         cached = self._plans.get(key)
         if cached is not None and now < cached[0]:
-            return cached[1]
+            return cached[1:]
         plan = self._plan(layer, rows, candidates, now, _NOBODY, preferred)
+        near = self._get_near(plan, rows, candidates, now, preferred)
         if len(self._plans) >= PLANS:
             self._plans.clear()
-        self._plans[key] = (now + PLAN_S, plan)
-        return plan
+        self._plans[key] = (now + PLAN_S, plan, near)
+        return plan, near
+
+    def _get_near(
+        self,
+        plan: Plan,
+        rows: Mapping[int, int],
+        candidates: Mapping[int, Sequence[PeerId]],
+        now: float,
+        preferred: frozenset[PeerId],
+    ) -> _Near:
+        """For each peer of ``plan`` those outside it that could do its part in at most :data:`NEAR` times its time."""
+        near: _Near = {}
+        for peer, experts in plan.items():
+            first, *others = (candidates[expert] for expert in experts)
+            limit_s = NEAR * self._predict(peer, experts, rows, now)
+            found = [
+                other
+                for other in first
+                if other not in plan
+                and other not in self._failing
+                and (not preferred or other in preferred)
+                and all(other in holders for holders in others)
+                and self._predict(other, experts, rows, now) <= limit_s
+            ]
+            if len(found) >= 2:
+                near[peer] = [peer, *found]
+        return near
+
+    def _choose_of_two(self, plan: Plan, near: _Near, rows: Mapping[int, int], now: float) -> Plan:
+        """Each part to the better of two that are as good as any, drawn anew for each call."""
+        chosen: Plan = {}
+        for peer, experts in plan.items():
+            one = other = peer
+            if peer in near:
+                of = near[peer]
+                one, other = of[int(self._rng.random() * len(of))], of[int(self._rng.random() * len(of))]
+                if one != other and self._predict(other, experts, rows, now) < self._predict(one, experts, rows, now):
+                    one = other
+            chosen[one if one not in chosen else peer] = experts
+        return chosen
 
     def _explore(
         self,
@@ -171,19 +248,102 @@ class ReplicaRouter:
         state.by_size[size] = fixed_s, unit_s
         state.queue_s, state.queue_at = queue_depth * service_s, now
         state.used_at, state.used_in = now, self._choices
+        state.late = 0
+        self.hedging.note_latency(peer, units, elapsed_s)
         if state.failures:
             state.failures, state.cool_until = 0, 0.0
+            self._failing.discard(peer)
             self._plans.clear()
         elif any(_moved(_estimate(state, planned, now), old) for planned, old in state.planned.items()):
             self._plans.clear()
 
-    def note_failure(self, peer: PeerId, now: float) -> None:
-        """``peer`` didn't answer, or wrongly: it cools down for 1 s, 2 s, 4 s ... at most :data:`COOLDOWN_MAX_S`."""
+    def note_failure(self, peer: PeerId, now: float, waited_s: float = 0.0) -> None:
+        """``peer`` didn't answer in ``waited_s``, or wrongly: it cools down for 1 s, 2 s, 4 s ... or several times
+        what that took, at most :data:`COOLDOWN_MAX_S`.
+        """
         state = self._get(peer, now)
-        state.cool_until = now + min(COOLDOWN_S * 2.0 ** min(state.failures, 16), COOLDOWN_MAX_S)
+        cool_s = max(COOLDOWN_S * 2.0 ** min(state.failures, 16), COOLDOWN_WAITS * waited_s)
+        state.cool_until = now + min(cool_s, COOLDOWN_MAX_S)
         state.failures += 1
+        state.late = 0
         state.used_at, state.used_in = now, self._choices
+        self._failing.add(peer)
         self._plans.clear()
+
+    def note_late(self, peer: PeerId, rows_x_experts: int, waited_s: float, now: float, *, experts: int = 1) -> bool:
+        """Others answered a call for ``peer``, which hadn't after ``waited_s``. True: it happened :data:`LATE_LIMIT`
+        times in a row, so it cools down as one that failed.
+        """
+        units = max(rows_x_experts, 1)
+        state = self._get(peer, now)
+        self.hedging.note_latency(peer, units, waited_s)
+        state.late += 1
+        if state.late >= LATE_LIMIT or state.failures:
+            self.note_failure(peer, now, waited_s)
+            return True
+        size = _get_size_class(units / max(experts, 1))
+        if size in state.by_size:  # it takes so long at least
+            fixed_s, unit_s = state.by_size[size]
+            state.by_size[size] = fixed_s + SMOOTHING * max(waited_s - units * unit_s - fixed_s, 0.0), unit_s
+        self._plans.clear()
+        return False
+
+    def note_call(self) -> None:
+        """A call is on its way, and not as another one's hedge."""
+        self.hedging.note_call()
+
+    def note_busy(self) -> None:
+        """A host refused a call for want of room."""
+        self.hedging.note_busy()
+
+    def get_hedge_delay_s(self, peer: PeerId, rows_x_experts: int) -> float | None:
+        """How long to wait for ``peer`` before :meth:`hedge`; ``None``: as long as it takes."""
+        return self.hedging.get_delay_s(peer, rows_x_experts)
+
+    def hedge(
+        self,
+        layer: int,
+        rows: Mapping[int, int],
+        candidates: Mapping[int, Sequence[PeerId]],
+        now: float,
+        exclude: AbstractSet[PeerId],
+        *,
+        preferred: frozenset[PeerId] = _NOBODY,
+    ) -> Plan:
+        """Who shall be asked too for a call that takes long; nobody, if all others cool down or the budget is spent.
+
+        One replica that holds all of it, if there is one: then the sums are the same, to the bit.
+
+        Args:
+            exclude: whoever was asked, and others that :meth:`choose` would leave out.
+        """
+        usable: dict[int, list[PeerId]] = {}
+        for expert in rows:
+            peers = [p for p in candidates.get(expert, ()) if p not in exclude and not self.is_cooling(p, now)]
+            # Who failed before may be as silent as whoever is waited for.
+            usable[expert] = [peer for peer in peers if peer not in self._failing] or peers
+        if not usable or not all(usable.values()):
+            return {}
+        first, *others = usable.values()
+        whole = [peer for peer in first if all(peer in holders for holders in others)]
+        if whole:
+            plan = self._plan_whole(rows, whole, preferred, now)
+        else:
+            plan = self._plan(layer, rows, usable, now, _NOBODY, preferred, is_retry=True)
+        if not self.hedging.take(len(plan)):
+            return {}
+        self._put_on_trial(plan, now)
+        return plan
+
+    def _plan_whole(
+        self, rows: Mapping[int, int], peers: Sequence[PeerId], preferred: frozenset[PeerId], now: float
+    ) -> Plan:
+        """All of a call to the one of ``peers`` that ends it soonest."""
+        peers = [peer for peer in peers if peer in preferred] or peers
+        peers = [peer for peer in peers if self._get(peer, now).by_size] or peers
+        experts = sorted(rows)
+        best = min(peers, key=lambda peer: (self._predict(peer, experts, rows, now), self._get(peer, now).tie))
+        return {best: experts}
 
     def is_cooling(self, peer: PeerId, now: float) -> bool:
         """True while ``peer`` is used only if nobody else can."""
@@ -256,7 +416,9 @@ class ReplicaRouter:
         state = self._peers.get(peer)
         if state is None:
             if len(self._peers) >= PEERS:
-                del self._peers[min(self._peers, key=lambda known: self._peers[known].used_at)]
+                longest = min(self._peers, key=lambda known: self._peers[known].used_at)
+                del self._peers[longest]
+                self._failing.discard(longest)
             state = self._peers[peer] = _Peer(self._rng.random(), now, self._choices)
         elif now - state.used_at > FORGET_S and self._choices - state.used_in >= FORGET_CHOICES:
             state.by_size.clear()

@@ -70,7 +70,7 @@ class SharedRouter(ReplicaRouter):
 
     def __init__(self, rng: random.Random) -> None:
         super().__init__(rng)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # methods use one another
 
     def choose(self, *args: Any, **kwargs: Any) -> dict[PeerId, list[int]]:
         with self._lock:
@@ -83,6 +83,26 @@ class SharedRouter(ReplicaRouter):
     def note_failure(self, *args: Any, **kwargs: Any) -> None:
         with self._lock:
             super().note_failure(*args, **kwargs)
+
+    def note_late(self, *args: Any, **kwargs: Any) -> bool:
+        with self._lock:
+            return super().note_late(*args, **kwargs)
+
+    def note_call(self) -> None:
+        with self._lock:
+            super().note_call()
+
+    def note_busy(self) -> None:
+        with self._lock:
+            super().note_busy()
+
+    def hedge(self, *args: Any, **kwargs: Any) -> dict[PeerId, list[int]]:
+        with self._lock:
+            return super().hedge(*args, **kwargs)
+
+    def get_hedge_delay_s(self, *args: Any, **kwargs: Any) -> float | None:
+        with self._lock:
+            return super().get_hedge_delay_s(*args, **kwargs)
 
     def get_estimate_s(self, *args: Any, **kwargs: Any) -> float:
         with self._lock:

@@ -3,6 +3,7 @@
 Life of a layer: the router says which replica computes which experts; one frame goes to each chosen host with all
 its experts of the layer; each returns one summed row per row sent; the rows are added. A host that fails is left
 out, and its share alone is asked of another replica: the answer stays the same, since experts are stateless functions.
+A host that takes longer than it mostly does has its share asked of another one too, and the first answer counts.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from daaswarm.errors import (
     TooLarge,
     Unreachable,
 )
+from daaswarm.inference.hedged import Computed, Part, Race, Sent, wait_for_races
 from daaswarm.inference.plan import HostPlan
 from daaswarm.inference.shares import Share
 from daaswarm.inference.use import LATENCIES, HostUse
@@ -177,9 +178,9 @@ class SwarmExperts:
             )
         return shares
 
-    def _compute(self, layer: int, waiting: list[Share]) -> list[tuple[torch.Tensor | None, torch.Tensor]]:
+    def _compute(self, layer: int, waiting: list[Share]) -> list[Part]:
         """Route, send, wait, retry, until every share is done; returns (rows they are, sums) pairs."""
-        done: list[tuple[torch.Tensor | None, torch.Tensor]] = []
+        done: list[Part] = []
         try:
             while waiting:
                 waiting = self._run_round(layer, waiting, done)
@@ -191,9 +192,7 @@ class SwarmExperts:
             self._in_flight = []
         return done
 
-    def _run_round(
-        self, layer: int, waiting: list[Share], done: list[tuple[torch.Tensor | None, torch.Tensor]]
-    ) -> list[Share]:
+    def _run_round(self, layer: int, waiting: list[Share], done: list[Part]) -> list[Share]:
         """Ask for every share once. Sums go to ``done``; returns the shares that are left, after a pause if need be."""
         self._in_flight = []
         self._has_refreshed = False
@@ -208,25 +207,70 @@ class SwarmExperts:
         sent += [self._compute_here(layer, part) for part in here]
         if self.stop.is_set():  # set between sending and listing a call
             raise Stopped
-        left: list[Share] = []
+        races = [Race(item.share, item, self._get_hedge_at(item)) for item in sent]
         pause_s = 0.0
-        for item in sent:
-            try:
-                reply, body = self._wait(item.call)
-                sums = self._read(item.share, reply, body)
-            except LocalProtocolError:
-                raise
-            except DaaswarmError as error:  # whatever a host answers: another may do better
-                pause_s = max(pause_s, self._note_failure(layer, item.peer, item.share, error))
-                left.append(item.share)
-                continue
-            self._note_reply(item, reply, len(body))
-            done.append((item.share.into, sums))
+        waiting_for = races
+        while True:
+            for race in waiting_for:
+                pause_s = max(pause_s, self._settle(layer, race))
+            waiting_for = [race for race in waiting_for if not race.is_over]
+            if not waiting_for:
+                break
+            now = time.monotonic()
+            late = [race for race in waiting_for if race.hedge_at <= now]
+            for race in late:
+                self._hedge(layer, race)
+            if not late:
+                wait_for_races(waiting_for)
+        for race in races:  # in order, whoever answered first: sums of floats depend on it
+            done += race.parts
+        left = [race.share for race in races if race.has_failed]
         if pause_s:
             for share in left:
                 share.waited_s += pause_s
             self.stop.wait(pause_s)
         return left
+
+    def _settle(self, layer: int, race: Race) -> float:
+        """Take what has come; returns how long to wait before the share is asked for again (s)."""
+        pause_s = 0.0
+        now = time.monotonic()
+        first = race.first
+        if first is not None and first.is_over(now):
+            try:
+                race.parts = [self._take(first)]
+            except LocalProtocolError:
+                raise
+            except DaaswarmError as error:  # whatever a host answers: another may do better
+                pause_s = self._note_failure(layer, first, race.share, error)
+                race.asked.add(first.peer)
+                race.first = None
+                race.is_over = race.has_failed = not race.waiting
+                if race.waiting:  # others have it already
+                    pause_s = 0.0
+            else:
+                race.is_over = True
+                self._give_up(race)
+            if race.is_over or not race.waiting:
+                return pause_s
+        for item in [item for item in race.waiting if item.is_over(now)]:
+            try:
+                race.parts.append(self._take(item))
+            except LocalProtocolError:
+                raise
+            except DaaswarmError as error:
+                self._note_hedge_failure(layer, item, race.share, error)
+                self._give_up(race)
+                race.parts, race.hedge_at = [], math.inf
+                race.is_over = race.has_failed = race.first is None
+                return pause_s
+            race.waiting.remove(item)
+        if race.others and not race.waiting:
+            race.is_over = True
+            if race.first is not None:
+                self._note_late(race.first)
+                race.first.cancel()
+        return pause_s
 
     def _route(self, layer: int, share: Share) -> list[tuple[PeerId, Share]]:
         """Split a share over the replicas that shall compute it."""
@@ -342,6 +386,68 @@ class SwarmExperts:
         usual_s = self._router.get_estimate_s(peer, len(share.rows), len(share.experts), time.monotonic())
         return min(self._call_timeout_s, max(REPLICA_PATIENCE_S, 20 * usual_s))
 
+    def _get_hedge_at(self, item: Sent) -> float:
+        """When to ask others too, if there are any. Never for what was refused: more calls won't help a busy host."""
+        if not isinstance(item.call, PendingCall):
+            return math.inf
+        self._router.note_call()
+        return math.inf if item.share.busy or item.share.waits else self._get_delay_end(item)
+
+    def _hedge(self, layer: int, race: Race) -> None:
+        """Ask others for the same, if there are any and the budget allows it; and yet others if those take long too:
+        where several hosts fell silent at once, the second one asked may be one of them.
+        """
+        share, now = race.share, time.monotonic()
+        race.hedge_at, race.pause_s = now + race.pause_s, 2 * race.pause_s
+        if race.first is not None:
+            race.asked.add(race.first.peer)
+        left_out = {*race.asked, *share.busy, *self._get_left_out(share)}
+        chosen = self._router.hedge(
+            layer,
+            share.get_demand(),
+            self.plan.by_layer[layer],
+            now,
+            left_out,
+            preferred=self.plan.preferred,
+        )
+        if not chosen:
+            return  # perhaps later: budgets grow, and cool-downs end
+        for item in race.waiting:
+            self._note_late(item)
+        self._give_up(race)
+        race.parts = []
+        for peer, experts in sorted(chosen.items()):
+            part = share if len(chosen) == 1 else share.restrict(experts)
+            here = peer == self._network.peer_id and self._local is not None
+            race.waiting.append(self._compute_here(layer, part) if here else self._send(layer, peer, part))
+        race.others = list(race.waiting)
+        race.asked.update(chosen)
+        race.hedge_at = max(map(self._get_delay_end, race.others))
+
+    def _get_delay_end(self, item: Sent) -> float:
+        """Until when it is waited for alone."""
+        if not isinstance(item.call, PendingCall):
+            return math.inf
+        delay_s = self._router.get_hedge_delay_s(item.peer, item.share.work)
+        return math.inf if delay_s is None else item.call.submitted_at + delay_s
+
+    def _give_up(self, race: Race) -> None:
+        """The others need not answer any more."""
+        for item in race.waiting:
+            item.cancel()
+        race.waiting, race.others = [], []
+
+    def _take(self, item: Sent) -> Part:
+        """The answer, noted.
+
+        Raises:
+            DaaswarmError: there is none, or a bad one.
+        """
+        reply, body = self._wait(item.call)
+        sums = self._read(item.share, reply, body)
+        self._note_reply(item, reply, len(body))
+        return item.share.into, sums
+
     def _wait(self, call: PendingCall | Computed | DaaswarmError) -> tuple[ExpertReply, memoryview]:
         if isinstance(call, DaaswarmError):
             raise call
@@ -392,10 +498,30 @@ class SwarmExperts:
         if len(use.latencies_s) < LATENCIES:
             use.latencies_s.append(elapsed)
 
-    def _note_failure(self, layer: int, peer: PeerId, share: Share, error: DaaswarmError) -> float:
+    def _note_late(self, item: Sent) -> None:
+        """Others did its share first, or are asked for it now."""
+        assert isinstance(item.call, PendingCall)  # it is waited for
+        now, share = time.monotonic(), item.share
+        waited_s = now - item.call.submitted_at
+        if self._router.note_late(item.peer, share.work, waited_s, now, experts=len(share.experts)):
+            logger.info("%s is late again and again: left out for a while", item.peer)
+            if self._note_gone is not None:
+                self._note_gone(item.peer)
+
+    def _note_hedge_failure(self, layer: int, item: Sent, share: Share, error: DaaswarmError) -> None:
+        if isinstance(error, Busy):  # nothing is lost but the hedge
+            self._router.note_busy()
+            share.busy.add(item.peer)
+        else:
+            self._note_failure(layer, item, share, error)
+
+    def _note_failure(self, layer: int, item: Sent, share: Share, error: DaaswarmError) -> float:
         """Leave the host out for this share, or, if it is only busy, say how long to wait for it (s)."""
         self.retries += 1
+        peer, now = item.peer, time.monotonic()
         logger.info("layer %d: %s: %s", layer, peer, error)
+        if isinstance(error, Busy):
+            self._router.note_busy()
         left_s = self._call_timeout_s - share.waited_s
         if isinstance(error, Busy) and share.waits < BUSY_RETRIES and left_s > 0:
             share.waits += 1
@@ -405,36 +531,15 @@ class SwarmExperts:
             share.busy.clear()
             return min(error.retry_after_s, BUSY_WAIT_S, left_s)
         share.failed.add(peer)
-        self._router.note_failure(peer, time.monotonic())
+        waited_s = now - item.call.submitted_at if isinstance(item.call, PendingCall) else 0.0
+        self._router.note_failure(peer, now, waited_s)
         if isinstance(error, ConnectionLost | Unreachable):
             self._dead.add(peer)
         if self._note_gone is not None and isinstance(error, ConnectionLost | DeadlineExceeded | Unreachable):
             self._note_gone(peer)
         if share.refreshed and isinstance(error, ConnectionLost | DeadlineExceeded | Unreachable):
-            self._silent[peer] = time.monotonic()
+            self._silent[peer] = now
         return 0.0
-
-
-@dataclass
-class Sent:
-    """A share, who was asked for it, and what came of asking."""
-
-    peer: PeerId
-    share: Share
-    call: PendingCall | Computed | DaaswarmError
-    sent_bytes: int
-
-
-@dataclass
-class Computed:
-    """A call that was answered here: a ``PendingCall`` with nothing to wait for."""
-
-    reply: ExpertReply
-    body: memoryview
-    latency_s: float
-
-    def wait(self) -> tuple[ExpertReply, memoryview]:
-        return self.reply, self.body
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

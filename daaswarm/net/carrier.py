@@ -46,6 +46,10 @@ class Carrier(Protocol):
         """Like ``wait_readable``, for a worker thread; returns on timeout too."""
         ...
 
+    def fileno(self) -> int:
+        """The socket's number, for a thread that waits for several; only where ``threads_can_read``."""
+        ...
+
     def shut_down(self) -> None:
         """End the stream both ways at once; whoever waits for it wakes up. From any thread, more than once."""
         ...
@@ -174,6 +178,9 @@ class MemoryCarrier:
         await self.outbound.writable.wait()
 
     def wait_readable_blocking(self, timeout_s: float) -> None:
+        raise NotImplementedError
+
+    def fileno(self) -> int:
         raise NotImplementedError
 
     def shut_down(self) -> None:

@@ -214,13 +214,35 @@ class Connection:
         try:
             while not pending.is_done() and self._error is None and (remaining := deadline - monotonic()) > 0:
                 self._carrier.wait_readable_blocking(min(remaining, LOOK_S))
-                events = self._receive()
-                if events:
-                    self._in_trio(self._serving.dispatch, events)
+                self.read_once()
         finally:
-            self._stop_reading()
+            self.stop_leading()
 
-    def _stop_reading(self) -> None:
+    # For ``racing.py``, which leads several connections at once.
+
+    @property
+    def threads_can_read(self) -> bool:
+        return self._carrier.threads_can_read
+
+    def try_lead(self) -> bool:
+        """True: this thread reads from now on, until :meth:`stop_leading`. The socket isn't closed meanwhile."""
+        if not self._carrier.threads_can_read or not self._reader.acquire(blocking=False):
+            return False
+        self._leads += 1
+        return True
+
+    def fileno(self) -> int:
+        """The socket's number, for who leads."""
+        return self._carrier.fileno()
+
+    def read_once(self) -> None:
+        """Read what is there; for who leads."""
+        events = self._receive()
+        if events:
+            self._in_trio(self._serving.dispatch, events)
+
+    def stop_leading(self) -> None:
+        """Let others read."""
         self._reader.release()
         while self._followers:
             try:
@@ -242,7 +264,7 @@ class Connection:
             try:
                 events = self._receive()
             finally:
-                self._stop_reading()
+                self.stop_leading()
             if events:
                 self._serving.dispatch(events)
 

@@ -52,6 +52,20 @@ class PendingCall:
         return self._connection.peer_id
 
     @property
+    def connection(self) -> Connection:
+        return self._connection
+
+    @property
+    def submitted_at(self) -> float:
+        """Monotonic, s."""
+        return self._submitted_at
+
+    @property
+    def due(self) -> float:
+        """Monotonic, s: its deadline."""
+        return self._submitted_at + self._deadline_s
+
+    @property
     def latency_s(self) -> float:
         """From submitting the call to its answer, whenever that was looked at; 0 while there is none."""
         return self._done_at - self._submitted_at
@@ -65,9 +79,14 @@ class PendingCall:
             ConnectionLost, Busy, ExpertError, ...: as for ``Network.call``.
         """
         if not self._done:
-            due = self._submitted_at + self._deadline_s
-            self._connection.wait_for(self, due if timeout_s is None else min(due, monotonic() + timeout_s))
+            due = self.due if timeout_s is None else min(self.due, monotonic() + timeout_s)
+            self._connection.wait_for(self, due)
         return self.get_result(self._deadline_s if timeout_s is None else timeout_s)
+
+    def wait_until(self, until: float) -> None:
+        """Block this (worker) thread until there is an answer, or until then (monotonic, s); ends nothing."""
+        if not self._done:
+            self._connection.wait_for(self, min(self.due, until))
 
     def cancel(self) -> None:
         """Give the call up. Thread-safe; does nothing when it has ended."""
@@ -101,6 +120,10 @@ class PendingCall:
     def wake(self) -> None:
         with contextlib.suppress(RuntimeError):  # it's awake already
             self._wakeup.release()
+
+    def use_bell(self, bell: threading.Lock) -> None:
+        """Release this lock instead of the call's own when it ends, or may have. Look at :meth:`is_done` after that."""
+        self._wakeup = bell
 
     def sleep(self, timeout_s: float) -> None:
         self._wakeup.acquire(timeout=max(0.0, min(timeout_s, threading.TIMEOUT_MAX)))

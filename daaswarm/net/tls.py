@@ -183,6 +183,9 @@ class TlsCarrier:
     def wait_readable_blocking(self, timeout_s: float) -> None:
         wait_readable(self._sock, timeout_s)
 
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
     def shut_down(self) -> None:
         with contextlib.suppress(OSError):  # it may be broken already
             self._sock.shutdown(socket.SHUT_RDWR)

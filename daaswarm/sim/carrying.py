@@ -22,9 +22,22 @@ Done = Callable[["Rpc", Any], None]
 
 class Rpc:
     """One request. ``done(rpc, answer)`` is called once at its asker, with ``None`` if there was no answer in time;
-    ``late(rpc)`` before that, if it takes longer than ``late_s``."""
+    ``late(rpc)`` before that, if it takes longer than ``late_s``. ``given_up_at``: when the target hears that nobody
+    waits any more."""
 
-    __slots__ = ("asker", "deadline_s", "done", "is_over", "late", "late_s", "message", "note", "sent", "target")
+    __slots__ = (
+        "asker",
+        "deadline_s",
+        "done",
+        "given_up_at",
+        "is_over",
+        "late",
+        "late_s",
+        "message",
+        "note",
+        "sent",
+        "target",
+    )
 
     def __init__(
         self,
@@ -47,6 +60,7 @@ class Rpc:
         self.sent = sent
         self.late_s = late_s
         self.late = late
+        self.given_up_at = NEVER
         self.is_over = False
 
 
@@ -79,7 +93,7 @@ class Carrier:
         late_s: float | None = None,
         late: Callable[[Rpc], None] | None = None,
         body_bytes: int = 0,
-    ) -> None:
+    ) -> Rpc:
         """Asks a peer."""
         heap = self._heap
         if self.trace is not None:
@@ -97,11 +111,19 @@ class Carrier:
                 target.bytes_sent += DIAL_BYTES // 2
         if seconds >= deadline_s:
             self._will_end(rpc, deadline_s, _fail)
-            return
+            return rpc
         if late_s is not None and seconds >= late_s:
             heap.at(heap.now + late_s, _tell_late, rpc)
             rpc.late_s = None
         heap.at(heap.now + seconds, self._arrive, rpc)
+        return rpc
+
+    def cancel(self, rpc: Rpc) -> None:
+        """The asker doesn't wait for it any more. The frame that says so has a few bytes, which don't count here."""
+        if not rpc.is_over:
+            rpc.is_over = True
+            if rpc.target is not None:
+                rpc.given_up_at = self._heap.now + self._wires.carry(rpc.asker.number, rpc.target.number, 0)
 
     def answer(self, rpc: Rpc, message: Any, body_bytes: int = 0) -> None:
         """The target's answer to a request that it has."""

@@ -35,6 +35,7 @@ class Figures:
         self.hops = array("l")
         # calls
         self.calls = self.failed = self.abandoned = self.retried = self.refused = self.silent = 0
+        self.hedged = 0
         self.call_s = array("d")  # hosts were known
         self.first_s = array("d")  # hosts had to be found
         self.offers = self.dead_offers = self.long_dead_offers = 0
@@ -123,16 +124,17 @@ class Figures:
             "record_hops_p99": get_percentile(record_hops, 0.99),
             "probes": self.probes,
             "probe_success": _share(self.nearest, self.probes),
-            "stale_answers": _share(self.stale, self.lookups),
-            "stale_pointers": _share(self.dead_pointers, self.pointers),
-            "stale_offers": _share(self.dead_offers, self.offers),
-            "stale_offers_60_s": _share(self.long_dead_offers, self.offers),
+            "stale_answers": _share(self.stale, self.lookups, of_nothing=0.0),
+            "stale_pointers": _share(self.dead_pointers, self.pointers, of_nothing=0.0),
+            "stale_offers": _share(self.dead_offers, self.offers, of_nothing=0.0),
+            "stale_offers_60_s": _share(self.long_dead_offers, self.offers, of_nothing=0.0),
             "calls": self.calls,
             "calls_answered": len(every),
             "calls_failed": self.failed,
             "calls_abandoned": self.abandoned,
             "call_success": _share(len(every), len(every) + self.failed),
             "calls_retried": self.retried,
+            "calls_hedged": self.hedged,
             "calls_refused": self.refused,
             "calls_to_silent_hosts": self.silent,
             "call_p50_ms": _ms(get_percentile(every, 0.5)),
@@ -153,8 +155,8 @@ def get_percentile(ascending: Sequence[float], share: float) -> float:
     return ascending[max(math.ceil(share * len(ascending)) - 1, 0)]
 
 
-def _share(part: int, whole: int) -> float:
-    return round(part / whole, 6) if whole else 1.0 if not part else 0.0
+def _share(part: int, whole: int, of_nothing: float = 1.0) -> float:
+    return round(part / whole, 6) if whole else of_nothing
 
 
 def _ms(seconds: float) -> float:

@@ -34,18 +34,40 @@ ATTEMPTS = 20  # of one call; then it has failed
 
 
 class Call:
-    """One user's. ``failed``: hosts that it isn't tried at again."""
+    """One user's.
 
-    __slots__ = ("attempts", "failed", "has_found", "node", "root", "started", "waited_for_hosts")
+    Attributes:
+        failed: hosts that it isn't tried at again.
+        first, hedge: what it waits for: the host it was sent to, and the one that was asked because that takes long.
+        asked: all that were, for this attempt or before.
+        is_refused: a host was busy.
+    """
+
+    __slots__ = (
+        "asked",
+        "attempts",
+        "failed",
+        "first",
+        "has_found",
+        "hedge",
+        "is_refused",
+        "node",
+        "root",
+        "started",
+        "waited_for_hosts",
+    )
 
     def __init__(self, node: SimNode, root: ModelRoot, started: float) -> None:
         self.node = node
         self.root = root
         self.started = started
         self.failed: set[PeerId] = set()
+        self.first: Rpc | None = None
+        self.hedge: Rpc | None = None
+        self.asked: set[PeerId] = set()
         self.attempts = 0
         self.has_found = False
-        self.waited_for_hosts = False
+        self.waited_for_hosts = self.is_refused = False
 
 
 class _Finding:
@@ -95,8 +117,7 @@ class Requesting:
             world.figures.abandoned += 1
             return
         now = world.heap.now
-        offered = [PeerId(known.advert.peer_id) for known in node.membership.get_adverts(call.root, now)]
-        offered = [peer for peer in offered if peer != node.peer_id]
+        offered = self._get_offered(call)
         world.figures.note_offered(world, node, offered)
         try:
             plan = node.router.choose(0, {0: 1}, {0: offered}, now, call.failed, is_retry=call.attempts > 0)
@@ -109,9 +130,21 @@ class Requesting:
             return
         (peer,) = plan
         call.attempts += 1
+        node.router.note_call()
+        # Never for what was refused: more calls won't help a busy host.
+        late_s = None if call.is_refused else node.router.get_hedge_delay_s(peer, 1)
+        call.first = self._send(call, peer, offered, late_s)
+
+    def _get_offered(self, call: Call) -> list[PeerId]:
+        node = call.node
+        known = node.membership.get_adverts(call.root, self._world.heap.now)
+        return [PeerId(k.advert.peer_id) for k in known if k.advert.peer_id != node.peer_id]
+
+    def _send(self, call: Call, peer: PeerId, offered: list[PeerId], late_s: float | None) -> Rpc:
+        node, world = call.node, self._world
         deadline_s = CALL_S
         if any(other != peer and other not in call.failed for other in offered):
-            deadline_s = min(CALL_S, max(PATIENCE_S, 20 * node.router.get_estimate_s(peer, 1, 1, now)))
+            deadline_s = min(CALL_S, max(PATIENCE_S, 20 * node.router.get_estimate_s(peer, 1, 1, world.heap.now)))
         known = node.membership.book.get(peer, call.root)
         assert known is not None
         scenario = world.scenario
@@ -119,28 +152,81 @@ class Requesting:
             model_root=call.root, layer=0, experts=[0], dtype="f32", rows=1, hidden=scenario.row_bytes // 4 or 1
         )
         contact = Contact(peer_id=peer, addrs=known.advert.addrs)
-        world.carrier.send(
-            node, contact, message, deadline_s, self._on_answer, (call, peer), body_bytes=scenario.row_bytes
+        return world.carrier.send(
+            node,
+            contact,
+            message,
+            deadline_s,
+            self._on_answer,
+            (call, peer),
+            late_s=late_s,
+            late=self._hedge,
+            body_bytes=scenario.row_bytes,
         )
+
+    def _hedge(self, rpc: Rpc) -> None:
+        """It takes longer than it mostly does: another host is asked too, if there is one and the budget allows it;
+        and yet another if that one takes long too.
+        """
+        call, peer = rpc.note
+        offered = self._get_offered(call)
+        router, now = call.node.router, self._world.heap.now
+        call.asked.add(peer)
+        for other in router.hedge(0, {0: 1}, {0: offered}, now, call.asked | call.failed):
+            self._world.figures.hedged += 1
+            if call.hedge is not None:
+                self._note_late(call.hedge)
+            call.hedge = self._send(call, other, offered, router.get_hedge_delay_s(other, 1))
 
     def _on_answer(self, rpc: Rpc, answer: Any) -> None:
         call, peer = rpc.note
         node, now = call.node, self._world.heap.now
+        is_hedge = rpc is call.hedge
+        if is_hedge:
+            call.hedge = None
+        else:
+            call.first = None
+        other = call.first or call.hedge
         if isinstance(answer, ExpertReply):
             node.router.note_reply(peer, 1, now - rpc.sent, answer.service_us / 1e6, answer.queue_depth, now)
+            if other is not None:
+                self._outrun(other, is_hedge=is_hedge)
             self._end(call, now - call.started)
-        elif isinstance(answer, Failure) and answer.code == "busy" and call.attempts < ATTEMPTS:
-            self._world.heap.at(now + min(answer.retry_after_s, BUSY_WAIT_S), self._choose, call)
+        elif isinstance(answer, Failure) and answer.code == "busy":
+            node.router.note_busy()
+            call.is_refused = True
+            if other is None and call.attempts < ATTEMPTS:
+                self._world.heap.at(now + min(answer.retry_after_s, BUSY_WAIT_S), self._choose, call)
+            elif other is None:
+                self._end(call, None)
         else:
-            node.router.note_failure(peer, now)
+            node.router.note_failure(peer, now, now - rpc.sent)
             call.failed.add(peer)
             if answer is None:
                 self._world.figures.silent += 1
                 node.perform(node.membership.note_failed(peer, now))
+            if other is not None:
+                return
             if call.attempts < ATTEMPTS:
                 self._choose(call)
             else:
                 self._end(call, None)
+
+    def _outrun(self, loser: Rpc, *, is_hedge: bool) -> None:
+        """Another host answered first; ``is_hedge``: the one that was asked later."""
+        call, _ = loser.note
+        call.first = call.hedge = None
+        if is_hedge:
+            self._note_late(loser)
+        else:
+            self._world.carrier.cancel(loser)
+
+    def _note_late(self, loser: Rpc) -> None:
+        call, peer = loser.note
+        node, now = call.node, self._world.heap.now
+        self._world.carrier.cancel(loser)
+        if node.router.note_late(peer, 1, now - loser.sent, now):
+            node.perform(node.membership.note_failed(peer, now))
 
     def _end(self, call: Call, seconds: float | None) -> None:
         figures = self._world.figures

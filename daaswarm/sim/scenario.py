@@ -120,9 +120,11 @@ def load_scenario(path: Path | None, **overrides: Any) -> Scenario:
     document: dict[str, Any] = {}
     if path is not None:
         try:
-            if path.stat().st_size > SCENARIO_BYTES:
+            with path.open("rb") as file:
+                data = file.read(SCENARIO_BYTES + 1)  # not by its size: a device says that it has none
+            if len(data) > SCENARIO_BYTES:
                 raise ConfigError(f"{path} has more than {SCENARIO_BYTES} bytes", hint="is it a scenario?")
-            document = tomli.loads(path.read_text("utf-8"))
+            document = tomli.loads(data.decode("utf-8"))
         except OSError as error:
             raise ConfigError(f"{path} can't be read: {error.strerror}", hint="give the path of a TOML file") from error
         except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -135,7 +137,8 @@ def load_scenario(path: Path | None, **overrides: Any) -> Scenario:
         scenario = msgspec.convert(document, Scenario)
     except msgspec.ValidationError as error:
         raise ConfigError(
-            f"scenario {path or ''}: {error}", hint="docs/how-to/simulate-a-swarm.md lists all settings"
+            f"scenario{f' {path}' if path is not None else ''}: {error}",
+            hint="docs/how-to/simulate-a-swarm.md lists all settings",
         ) from error
     return _check(scenario)
 

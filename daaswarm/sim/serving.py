@@ -51,6 +51,10 @@ class Host:
         assert self._admission is not None
         world = self._node.world
         while (ticket := self._admission.next()) is not None:
+            if self._rpcs[ticket].given_up_at <= world.heap.now:
+                self._admission.finish(ticket)
+                del self._rpcs[ticket]
+                continue
             if ticket.late_at < world.heap.now:  # nobody waits for it any more
                 self._admission.finish(ticket)
                 rpc = self._rpcs.pop(ticket)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from daaswarm.errors import ConfigError
+from daaswarm.sim.figures import Figures
 from daaswarm.sim.scenario import SCENARIO_BYTES, load_scenario
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "swarm.toml"
@@ -68,3 +69,13 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     for path in (tmp_path / "none.toml", tmp_path):
         with pytest.raises(ConfigError, match="can't be read"):
             load_scenario(path)
+
+
+def test_a_device_without_an_end_is_refused() -> None:
+    with pytest.raises(ConfigError, match="bytes"):
+        load_scenario(Path("/dev/zero"))
+
+
+def test_of_nothing_nothing_is_stale() -> None:
+    figures = Figures().summarise()
+    assert figures["stale_answers"] == figures["stale_offers"] == 0.0 and figures["lookup_success"] == 1.0
