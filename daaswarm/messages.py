@@ -276,7 +276,9 @@ class ExpertCall(Message, frozen=True, kw_only=True, tag="call"):
     * with ``pairs`` > 0: ``pairs`` x u32 row numbers, ``pairs`` x u32 expert numbers, ``pairs`` x f32 weights. Each
       pair adds ``weight * expert(row)`` to its row;
     * with ``pairs`` == 0: nothing more; every expert in ``experts`` is applied to every row with weight one
-      (slices of a dense FFN).
+      (slices of a dense FFN);
+    * with ``grad``: ``rows`` x ``hidden`` f32, the gradient of the sums. The reply's body is then ``rows`` x
+      ``hidden`` f32, the gradient of the rows, and ``pairs`` x f32, that of the weights.
     """
 
     model_root: RootText
@@ -286,6 +288,7 @@ class ExpertCall(Message, frozen=True, kw_only=True, tag="call"):
     rows: Annotated[int, Meta(ge=1, le=65_536)]
     hidden: Annotated[int, Meta(ge=1, le=65_536)]
     pairs: Annotated[int, Meta(ge=0, le=1 << 22)] = 0
+    grad: bool = False
 
 
 class ExpertReply(Message, frozen=True, kw_only=True, tag="reply"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from itertools import islice
+from collections.abc import Hashable
+from itertools import islice, zip_longest
 
 import msgspec
 
@@ -12,16 +13,30 @@ from daaswarm.types import PeerId
 
 QUEUE_SHARE = 0.5  # of its deadline that a call may wait; the rest is for computing and the way back
 SMOOTHING = 0.2  # weight of the newest call's time and work: five calls to follow a change
+FEW_IN_A_ROW = 8  # calls of few rows that go before a large one that waits; decoding takes a tenth of a prefill
+HELD_BYTES = 512 << 20  # of bodies that wait or are computed, of all peers: two of the largest calls
+HELD_BYTES_PER_PEER = 256 << 20  # one peer's part of that: one of the largest calls
 RETRY_MIN_S = 0.01
 RETRY_MAX_S = 5.0
 
 
 class Ticket(msgspec.Struct, frozen=True, eq=False):
-    """An admitted call. ``late_at`` (Unix time, s): after it nobody waits for the answer."""
+    """An admitted call. ``late_at`` (Unix time, s): after it nobody waits for the answer.
+
+    Attributes:
+        group: calls of one group can be computed together; ``None`` for one that can't.
+        share: of the largest batch that it fills; above 1 it is computed alone.
+        is_few: it has few rows, as in decoding, and goes before those that have many.
+        nbytes: memory that it holds until it is finished.
+    """
 
     peer: PeerId
     work_rows: int
     late_at: float
+    group: Hashable = None
+    share: float = 1.0
+    is_few: bool = False
+    nbytes: int = 0
 
 
 class Admitted(msgspec.Struct, frozen=True):
@@ -34,7 +49,9 @@ class Refused(msgspec.Struct, frozen=True):
 
 
 class Admission:
-    """The queue before the experts. Call :meth:`try_admit`, :meth:`next`, then :meth:`finish` for each ticket."""
+    """The queue before the experts. Call :meth:`try_admit`, :meth:`next` or :meth:`next_batch`, then :meth:`finish` for
+    each ticket.
+    """
 
     def __init__(self, *, calls_per_peer: int = CALLS_PER_PEER, calls_per_host: int = CALLS_PER_HOST) -> None:
         self._calls_per_peer = calls_per_peer
@@ -42,6 +59,8 @@ class Admission:
         self._queues: OrderedDict[PeerId, deque[Ticket]] = OrderedDict()  # whose turn is next comes first
         self._per_peer: dict[PeerId, int] = {}  # waiting and running
         self._running: set[Ticket] = set()
+        self._held: dict[PeerId, int] = {}  # bytes of calls that wait or run
+        self._few_in_a_row = 0
         # Smoothed time and work of the calls done. Their ratio is the time of a row, in which small calls, which cost
         # more per row, weigh as little as they are. Until the first is done, calls are admitted by count alone.
         self._done_s = 0.0
@@ -64,20 +83,41 @@ class Admission:
             rows += sum(ticket.work_rows for ticket in islice(queue, turns))
         return rows * self._done_s / self._done_rows
 
-    def try_admit(self, peer: PeerId, work_rows: int, deadline_s: float, now: float) -> Admitted | Refused:
-        """Takes a call of ``work_rows`` (rows x experts) that is worth nothing after ``deadline_s`` from now."""
+    def try_admit(
+        self,
+        peer: PeerId,
+        work_rows: int,
+        deadline_s: float,
+        now: float,
+        *,
+        group: Hashable = None,
+        share: float = 1.0,
+        is_few: bool = False,
+        nbytes: int = 0,
+    ) -> Admitted | Refused:
+        """Takes a call of ``work_rows`` (rows x experts) that is worth nothing after ``deadline_s`` from now.
+
+        Args:
+            group, share, is_few, nbytes: as in :class:`Ticket`.
+        """
         wait_s = self.get_wait_s(peer)
         if self._per_peer.get(peer, 0) >= self._calls_per_peer:
             return self._refuse(wait_s, f"{self._calls_per_peer} calls of this peer are in flight")
         if sum(self._per_peer.values()) >= self._calls_per_host:
             return self._refuse(wait_s, f"{self._calls_per_host} calls are in flight")
+        if self._held.get(peer, 0) + nbytes > HELD_BYTES_PER_PEER and peer in self._held:
+            return self._refuse(wait_s, "this peer's calls hold all the memory that one peer may take")
+        if sum(self._held.values()) + nbytes > HELD_BYTES and self._held:
+            return self._refuse(wait_s, "the calls that wait hold all the memory there is for them")
         if wait_s > QUEUE_SHARE * deadline_s:
             return self._refuse(
                 wait_s - QUEUE_SHARE * deadline_s, f"the queue takes {wait_s:.2f} s, the deadline is {deadline_s:.2f} s"
             )
-        ticket = Ticket(peer, work_rows, now + deadline_s)
+        ticket = Ticket(peer, work_rows, now + deadline_s, group, share, is_few, nbytes)
         self._queues.setdefault(peer, deque()).append(ticket)
         self._per_peer[peer] = self._per_peer.get(peer, 0) + 1
+        if nbytes:
+            self._held[peer] = self._held.get(peer, 0) + nbytes
         return Admitted(ticket)
 
     def next(self) -> Ticket | None:
@@ -85,13 +125,52 @@ class Admission:
         if not self._queues:
             return None
         peer, queue = next(iter(self._queues.items()))
-        ticket = queue.popleft()
-        if queue:
+        ticket = queue[0]
+        self._take(ticket)
+        if peer in self._queues:
             self._queues.move_to_end(peer)
-        else:
-            del self._queues[peer]
-        self._running.add(ticket)
         return ticket
+
+    def next_batch(self) -> list[Ticket]:
+        """The calls to compute together now; empty when nothing waits.
+
+        The first is the next of few rows or, after :data:`FEW_IN_A_ROW` of those, the next of many. With it go others
+        of its group, one of each peer in turn, until the batch is full.
+        """
+        few_first = self._few_in_a_row < FEW_IN_A_ROW
+        first = self._next_of(few_first) or self._next_of(not few_first)
+        if first is None:
+            return []
+        self._few_in_a_row = self._few_in_a_row + 1 if first.is_few else 0
+        batch, room = [first], 1 - first.share
+        if first.group is None or room <= 0:
+            return batch
+        mates = [[t for t in queue if t.group == first.group] for queue in self._queues.values()]
+        for turn in zip_longest(*mates):
+            for ticket in turn:
+                if ticket is not None and ticket.share <= room:
+                    room -= ticket.share
+                    batch.append(ticket)
+        for ticket in batch[1:]:
+            self._take(ticket)
+        return batch
+
+    def _next_of(self, is_few: bool) -> Ticket | None:
+        for peer, queue in self._queues.items():
+            ticket = next((ticket for ticket in queue if ticket.is_few == is_few), None)
+            if ticket is not None:
+                self._take(ticket)
+                if peer in self._queues:
+                    self._queues.move_to_end(peer)
+                return ticket
+        return None
+
+    def _take(self, ticket: Ticket) -> None:
+        queue = self._queues[ticket.peer]
+        queue.remove(ticket)
+        if not queue:
+            del self._queues[ticket.peer]
+        self._running.add(ticket)
 
     def finish(self, ticket: Ticket, service_s: float | None = None) -> None:
         """``ticket`` was computed in ``service_s``, or (None) came to nothing: cancelled, late or failed."""
@@ -107,6 +186,10 @@ class Admission:
         self._per_peer[ticket.peer] -= 1
         if not self._per_peer[ticket.peer]:
             del self._per_peer[ticket.peer]
+        if ticket.nbytes:
+            self._held[ticket.peer] -= ticket.nbytes
+            if not self._held[ticket.peer]:
+                del self._held[ticket.peer]
         if service_s is not None:
             keep = 1 - SMOOTHING
             self._done_s = keep * self._done_s + SMOOTHING * service_s
@@ -117,6 +200,7 @@ class Admission:
         tickets = [t for queue in self._queues.values() for t in queue] + list(self._running)
         assert all(self._queues.values()), "an empty queue takes a turn"
         assert len(tickets) == sum(self._per_peer.values()) <= self._calls_per_host
+        assert sum(self._held.values()) == sum(t.nbytes for t in tickets) and all(self._held.values())
         for peer, count in self._per_peer.items():
             assert 0 < count == sum(t.peer == peer for t in tickets) <= self._calls_per_peer
 

@@ -13,6 +13,8 @@ import trio
 from daaswarm.core.admission import Admission, Refused, Ticket
 from daaswarm.core.courtesy import Pause
 from daaswarm.errors import Busy, ConfigError, ExpertError, RemoteProtocolError, TooLarge
+from daaswarm.experts.batches import Waiting, get_group, join, settle
+from daaswarm.experts.gradients import Differentiable, compute_gradients, get_cost, get_gradient_bytes
 from daaswarm.messages import ExpertCall, ExpertReply
 from daaswarm.types import DTYPE_BYTES, Dtype, ModelRoot, PeerId, format_range
 
@@ -84,7 +86,7 @@ class ExpertService:
         self.models: dict[tuple[ModelRoot, Dtype], HostedModel] = {}
         self.pause: Pause | None = None
         self._admission = Admission()
-        self._turns: dict[Ticket, trio.Event] = {}
+        self._waiting: dict[Ticket, Waiting] = {}
         self._computing = False
         # Of its own: trio's default threads may all be taken by something that waits for this very answer.
         self._threads = trio.CapacityLimiter(1)
@@ -156,14 +158,16 @@ class ExpertService:
         hosted, layer = self._check(call, len(body))
         touched = layer.nbytes * len(call.experts) // max(1, len(layer.ids))
         pairs = min(INLINE_PAIRS, INLINE_ROWS * len(call.experts))  # or one expert could be named 256 times
-        if call.rows > INLINE_ROWS or call.pairs > pairs or touched > INLINE_BYTES:
+        if call.grad or call.rows > INLINE_ROWS or call.pairs > pairs or touched > INLINE_BYTES:
             return None
         return self._compute(hosted, layer, call, body)
 
     async def serve(
         self, peer: PeerId, call: ExpertCall, body: memoryview, deadline_s: float
     ) -> tuple[ExpertReply, Sequence[Buffer]]:
-        """Compute a call in the worker thread, in its turn. When cancelled it ends within a block of rows.
+        """Compute a call in the worker thread, in its turn, together with others that wait for the same experts. The
+        sums then differ from those of the call alone by rounding only (1e-5 of the largest in f32). When cancelled it
+        ends within a block of rows.
 
         Raises:
             Busy: the host is paused, or its queue is longer than half of the call's deadline.
@@ -171,37 +175,104 @@ class ExpertService:
         """
         self._check_pause()
         hosted, layer = self._check(call, len(body))
-        work = call.pairs or call.rows * len(call.experts)
-        admitted = self._admission.try_admit(peer, work, deadline_s, trio.current_time())
+        work = (call.pairs or call.rows * len(call.experts)) * get_cost(call)
+        admitted = self._admission.try_admit(
+            peer,
+            work,
+            deadline_s,
+            trio.current_time(),
+            group=get_group(layer, call),
+            share=max(call.rows / BLOCK_ROWS, call.pairs / BLOCK_PAIRS),
+            is_few=call.rows <= INLINE_ROWS,
+            nbytes=len(body),
+        )
         if isinstance(admitted, Refused):
             raise Busy(
                 f"this host's queue is full: {admitted.reason}",
                 hint=f"try again in {admitted.retry_after_s:.2f} s, or another replica",
                 retry_after_s=admitted.retry_after_s,
             )
-        ticket, service_s = admitted.ticket, None
-        turn = self._turns[ticket] = trio.Event()
+        ticket = admitted.ticket
+        waiting = self._waiting[ticket] = Waiting(hosted, layer, call, body, ticket)
         self._start_next()
         try:
-            await turn.wait()
-            started = trio.current_time()
-            answer = await trio.to_thread.run_sync(
-                self._compute, hosted, layer, call, body, trio.from_thread.check_cancelled, limiter=self._threads
-            )
-            service_s = trio.current_time() - started
-            return answer
+            await waiting.turn.wait()
+            if waiting.answer is None:
+                await self._lead(waiting)
+            if isinstance(waiting.answer, Exception):
+                raise waiting.answer
+            assert waiting.answer is not None
+            return waiting.answer
         finally:
-            del self._turns[ticket]
-            self._admission.finish(ticket, service_s)
-            if turn.is_set():
-                self._computing = False
-                self._start_next()
+            del self._waiting[ticket]
+            self._admission.finish(ticket, waiting.service_s)
+            if waiting.batch:
+                self._pass_on(waiting)
 
     def _start_next(self) -> None:
-        """One call at a time: torch itself uses all the threads it may."""
-        if not self._computing and (ticket := self._admission.next()) is not None:
+        """One batch at a time: torch itself uses all the threads it may."""
+        if not self._computing and (tickets := self._admission.next_batch()):
             self._computing = True
-            self._turns[ticket].set()
+            batch = [self._waiting[ticket] for ticket in tickets]
+            batch[0].batch = batch
+            batch[0].turn.set()
+
+    async def _lead(self, leader: Waiting) -> None:
+        """Compute a batch for all its callers."""
+        batch = leader.batch = [each for each in leader.batch if each.ticket in self._waiting]  # others gave up
+        started = trio.current_time()
+        if len(batch) == 1:
+            leader.answer = await trio.to_thread.run_sync(
+                self._compute,
+                leader.hosted,
+                leader.layer,
+                leader.call,
+                leader.body,
+                trio.from_thread.check_cancelled,
+                limiter=self._threads,
+            )
+        else:  # a block at most; whoever leads may give up, but not the others' answers
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(
+                    settle, batch, self._compute_together, self._compute_alone, limiter=self._threads
+                )
+        took_s = trio.current_time() - started
+        work = sum(each.ticket.work_rows for each in batch)
+        for each in batch:
+            if not isinstance(each.answer, Exception):
+                each.service_s = took_s * each.ticket.work_rows / work
+            each.turn.set()
+
+    def _pass_on(self, leader: Waiting) -> None:
+        """A leader has gone: the next batch's turn, or that of who waits for its own if it gave up before computing."""
+        rest = [each for each in leader.batch if each.answer is None and each.ticket in self._waiting]
+        if rest:
+            rest[0].batch = rest
+            rest[0].turn.set()
+        else:
+            self._computing = False
+            self._start_next()
+
+    def _compute_alone(self, waiting: Waiting) -> tuple[ExpertReply, Sequence[Buffer]]:
+        return self._compute(waiting.hosted, waiting.layer, waiting.call, waiting.body)
+
+    def _compute_together(self, batch: Sequence[Waiting]) -> list[tuple[ExpertReply, Sequence[Buffer]]]:
+        started = time.perf_counter_ns()
+        first = batch[0]
+        with torch.inference_mode():
+            rows, pairs = join(
+                [_read_rows(each.call, each.body) for each in batch],
+                [_read_pairs(each.call, each.body) if each.call.pairs else None for each in batch],
+            )
+            if pairs is not None:
+                sums = _compute_pairs(first.layer, rows, *pairs, None)
+            else:
+                sums = _compute_slices(first.layer, rows, first.call.experts, None)
+        took_us = (time.perf_counter_ns() - started) // 1000
+        parts = sums.contiguous().split([each.call.rows for each in batch])
+        first.hosted.calls += len(batch)
+        first.hosted.rows += len(rows)
+        return [(self._reply(each.call, took_us), [_as_buffer(part)]) for each, part in zip(batch, parts, strict=True)]
 
     def compute(self, call: ExpertCall, body: memoryview) -> tuple[ExpertReply, Sequence[Buffer]]:
         """Compute a call of this node's own, in the calling thread.
@@ -238,7 +309,7 @@ class ExpertService:
             raise RemoteProtocolError("expert call: it names an expert twice", reject=False)
         if call.rows > CALL_ROWS:
             raise TooLarge(f"expert call: {call.rows} rows; {CALL_ROWS} are allowed", hint="split the call")
-        expected = call.rows * call.hidden * DTYPE_BYTES[call.dtype] + 12 * call.pairs
+        expected = call.rows * call.hidden * DTYPE_BYTES[call.dtype] + 12 * call.pairs + get_gradient_bytes(call)
         if call.hidden != hosted.hidden or body_bytes != expected or (call.pairs == 0) != (hosted.kind == "dense"):
             raise RemoteProtocolError(
                 f"expert call: {call.rows} x {call.hidden} rows with {call.pairs} pairs in {body_bytes} bytes "
@@ -248,6 +319,8 @@ class ExpertService:
         if call.pairs * call.hidden * 4 > PAIRS_BYTES:
             most = PAIRS_BYTES // (call.hidden * 4)
             raise TooLarge(f"expert call: {call.pairs} pairs; {most} of this width are allowed", hint="split the call")
+        if call.grad and not isinstance(layer, Differentiable):
+            raise ExpertError(f"{hosted.name} is served here without gradients", hint="ask another replica")
         return hosted, layer
 
     def _compute(
@@ -259,22 +332,33 @@ class ExpertService:
         check_cancelled: Callable[[], object] | None = None,
     ) -> tuple[ExpertReply, Sequence[Buffer]]:
         started = time.perf_counter_ns()
-        rows = torch.frombuffer(body, dtype=TORCH_DTYPES[call.dtype], count=call.rows * call.hidden)
-        rows = rows.view(call.rows, call.hidden)
+        rows = _read_rows(call, body)
+        pairs = _read_pairs(call, body) if call.pairs else None
         with torch.inference_mode():
-            if call.pairs:
-                sums = _compute_pairs(layer, rows, *_read_pairs(call, body), check_cancelled)
+            if call.grad and isinstance(layer, Differentiable):
+                answer = compute_gradients(layer, call, rows, pairs, body, check_cancelled)
+            elif pairs is not None:
+                answer = [_compute_pairs(layer, rows, *pairs, check_cancelled)]
             else:
-                sums = _compute_slices(layer, rows, call.experts, check_cancelled)
+                answer = [_compute_slices(layer, rows, call.experts, check_cancelled)]
         hosted.calls += 1
         hosted.rows += call.rows
-        reply = ExpertReply(
-            rows=call.rows,
-            hidden=call.hidden,
-            service_us=(time.perf_counter_ns() - started) // 1000,
-            queue_depth=self._admission.queue_depth,
+        took_us = (time.perf_counter_ns() - started) // 1000
+        return self._reply(call, took_us), [_as_buffer(part) for part in answer]
+
+    def _reply(self, call: ExpertCall, service_us: int) -> ExpertReply:
+        return ExpertReply(
+            rows=call.rows, hidden=call.hidden, service_us=service_us, queue_depth=self._admission.queue_depth
         )
-        return reply, [sums.contiguous().numpy().data.cast("B")]
+
+
+def _as_buffer(part: torch.Tensor) -> Buffer:
+    return part.contiguous().numpy().data.cast("B")
+
+
+def _read_rows(call: ExpertCall, body: memoryview) -> torch.Tensor:
+    rows = torch.frombuffer(body, dtype=TORCH_DTYPES[call.dtype], count=call.rows * call.hidden)
+    return rows.view(call.rows, call.hidden)
 
 
 def _read_pairs(call: ExpertCall, body: memoryview) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -122,6 +122,8 @@ class DenseSlices:
             gate = gate + self.gate_bias[part]
         if self.up_bias is not None:
             up = up + self.up_bias[part]
+        if torch.is_grad_enabled():  # some activations' gradients need their own result as it was
+            return self.act(gate) * up
         return self.act(gate).mul_(up)
 
 

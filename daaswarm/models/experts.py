@@ -53,6 +53,12 @@ class LayerExperts:
         Raises:
             ExpertError: an expert that is not held here, a row out of range, or a dense layer.
         """
+        return self.compute_pairs_with_graph(rows, row_index, expert_index, weights)
+
+    def compute_pairs_with_graph(
+        self, rows: Tensor, row_index: Tensor, expert_index: Tensor, weights: Tensor
+    ) -> Tensor:
+        """:meth:`compute_pairs` where autograd may follow."""
         if self._moe is None:
             raise ExpertError("a dense layer has slices, not experts", hint="ask for slices")
         return self._moe.compute(rows, row_index, expert_index, weights)
@@ -64,6 +70,10 @@ class LayerExperts:
         Raises:
             ExpertError: a slice that is not held here, or a MoE layer.
         """
+        return self.compute_slices_with_graph(rows, slices)
+
+    def compute_slices_with_graph(self, rows: Tensor, slices: list[int]) -> Tensor:
+        """:meth:`compute_slices` where autograd may follow."""
         if self._dense is None:
             raise ExpertError("a mixture-of-experts layer has experts, not slices", hint="send pairs")
         if slices != self.ids:

@@ -7,7 +7,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from swarm_driver import NOW
 
-from daaswarm.core.admission import RETRY_MAX_S, RETRY_MIN_S, Admission, Admitted, Refused, Ticket
+from daaswarm.core.admission import (
+    FEW_IN_A_ROW,
+    HELD_BYTES,
+    HELD_BYTES_PER_PEER,
+    RETRY_MAX_S,
+    RETRY_MIN_S,
+    Admission,
+    Admitted,
+    Refused,
+    Ticket,
+)
 from daaswarm.types import PeerId
 
 A, B = PeerId("a"), PeerId("b")
@@ -131,3 +141,56 @@ def test_small_calls_do_not_make_a_large_one_look_endless() -> None:
         do(1, 300e-6)  # what a call costs by itself
     admit(admission, A, 4096)
     assert admission.get_wait_s(B) < 0.1
+
+
+def put(admission: Admission, peer: PeerId, group: object, share: float = 0.25, *, is_few: bool = False) -> Ticket:
+    verdict = admission.try_admit(peer, 1, 1.0, NOW, group=group, share=share, is_few=is_few)  # type: ignore[arg-type]
+    assert isinstance(verdict, Admitted)
+    return verdict.ticket
+
+
+def test_a_batch_takes_one_of_each_peer_in_turn_until_it_is_full() -> None:
+    admission = Admission()
+    a = [put(admission, A, "x") for _ in range(4)]
+    other = put(admission, A, "y")
+    b = [put(admission, B, "x") for _ in range(2)]
+    assert admission.next_batch() == [a[0], b[0], a[1], b[1]]
+    admission.validate()
+    assert admission.next_batch() == [a[2], a[3]]
+    assert admission.next_batch() == [other]
+    assert admission.next_batch() == []
+    for ticket in (*a, *b, other):
+        admission.finish(ticket, 0.1)
+    admission.validate()
+
+
+def test_what_has_no_group_or_is_too_large_is_computed_alone() -> None:
+    admission = Admission()
+    alone = [put(admission, A, None), put(admission, A, None), put(admission, A, "x", 3.0), put(admission, A, "x")]
+    assert [admission.next_batch() for _ in alone] == [[ticket] for ticket in alone]
+
+
+def test_few_rows_go_first_and_many_are_not_forgotten() -> None:
+    admission = Admission()
+    many = put(admission, A, None)
+    few = [put(admission, B, None, is_few=True) for _ in range(FEW_IN_A_ROW + 2)]
+    order = [admission.next_batch()[0] for _ in range(FEW_IN_A_ROW + 3)]
+    assert order == [*few[:FEW_IN_A_ROW], many, *few[FEW_IN_A_ROW:]]
+
+
+def test_waiting_bodies_have_a_budget() -> None:
+    admission = Admission()
+
+    def hold(peer: str, nbytes: int) -> Admitted | Refused:
+        return admission.try_admit(PeerId(peer), 1, 1.0, NOW, nbytes=nbytes)
+
+    first = hold("a", HELD_BYTES_PER_PEER)
+    assert isinstance(first, Admitted)
+    refused = hold("a", 1)
+    assert isinstance(refused, Refused) and "one peer" in refused.reason
+    assert isinstance(hold("b", HELD_BYTES - HELD_BYTES_PER_PEER), Admitted)
+    refused = hold("c", 1)
+    assert isinstance(refused, Refused) and "all the memory" in refused.reason
+    admission.finish(first.ticket)
+    assert isinstance(hold("a", 1), Admitted) and isinstance(hold("c", 1), Admitted)
+    admission.validate()

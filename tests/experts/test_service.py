@@ -288,13 +288,14 @@ async def test_one_at_a_time_and_peers_take_turns(blocked: tuple[ExpertService, 
     service, layer = blocked
     order: list[PeerId] = []
 
-    async def ask(peer: PeerId) -> None:
-        await service.serve(peer, *make_call(ROWS), 30.0)
+    async def ask(peer: PeerId, experts: list[int]) -> None:
+        await service.serve(peer, *make_call(ROWS, experts=experts), 30.0)
         order.append(peer)
 
+    unlike = [[0], [1], [5], [0, 1], [0, 5], [1, 5]]  # so that none is computed with another
     async with trio.open_nursery() as nursery:
-        for peer in (ME, ME, ME, ME, YOU, YOU):
-            nursery.start_soon(ask, peer)
+        for peer, experts in zip((ME, ME, ME, ME, YOU, YOU), unlike, strict=True):
+            nursery.start_soon(ask, peer, experts)
             await trio.testing.wait_all_tasks_blocked(0.01)
         assert len(layer.threads) == 1
         assert service._admission.queue_depth == 5

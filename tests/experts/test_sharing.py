@@ -10,6 +10,7 @@ import trio
 
 from daaswarm.core.courtesy import Pause
 from daaswarm.errors import Busy
+from daaswarm.experts import service as service_module
 from daaswarm.experts.service import ExpertService, HostedModel
 from daaswarm.experts.verifying import TOLERANCES, choose_samples, compare, make_sample
 from daaswarm.messages import ExpertReply
@@ -21,7 +22,8 @@ from tests.experts.test_service import ROOT, ROWS, ScaledLayer, make_call, make_
 MIB = 1 << 20
 
 
-async def test_a_single_call_does_not_wait_for_a_hundred() -> None:
+async def test_a_single_call_does_not_wait_for_a_hundred(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "BLOCK_ROWS", len(ROWS))  # each is a batch of its own
     service, layer = make_service("dense")
     layer.gate = threading.Event()
     done: list[str] = []

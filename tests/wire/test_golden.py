@@ -129,6 +129,7 @@ EXAMPLES: dict[str, msgspec.Struct] = {
     "call/full": ExpertCall(
         model_root=ROOT, layer=65_535, experts=[1, 300], dtype="f32", rows=65_536, hidden=576, pairs=4
     ),
+    "call/grad": ExpertCall(model_root=ROOT, layer=0, experts=[0], dtype="f32", rows=1, hidden=1, grad=True),
     "reply": ExpertReply(rows=1, hidden=576),
     "reply/full": ExpertReply(
         rows=2, hidden=576, service_us=1500, queue_depth=3, chain=ChainRoot(count=256, root=KEY, signature=SIGNATURE)

@@ -1,0 +1,1 @@
+"""Experts on other peers as parts of a plain torch model."""
