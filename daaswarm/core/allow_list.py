@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from daaswarm.core.signing import get_public_key
-from daaswarm.errors import ConfigError
+from daaswarm.errors import ConfigError, NotAllowed
 from daaswarm.types import PeerId
 
 MAX_ALLOWED = 4_096  # a settings file of 1 MiB holds four times as many
@@ -24,6 +24,14 @@ class AllowList:
 
     def admits(self, peer: str) -> bool:
         return not self._peers or peer in self._peers
+
+    def check(self, peer: str) -> None:
+        """Raises:
+        NotAllowed: the list leaves the peer out.
+        """
+        if not self.admits(peer):
+            hint = f"if it belongs here: daaswarm swarm allow {peer}, on the node that refused"
+            raise NotAllowed(f"{peer} is not on this node's allow-list", hint=hint)
 
     def replace(self, peers: Iterable[str]) -> None:
         """Raises:

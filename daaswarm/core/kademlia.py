@@ -42,8 +42,8 @@ from daaswarm.limits import RECORDS_PER_KEY
 from daaswarm.messages import Contact, Failure, FindNode, FindValue, Found, Pointer, Store, Stored
 from daaswarm.types import PeerId
 
-TICK_S = 5.0  # how often the shell calls tick
-REFRESH_S = 20 * 60.0  # a bucket without a lookup for this long is looked up
+TICK_S = 10.0  # how often the shell calls tick
+REFRESH_S = 60 * 60.0  # a bucket without a lookup for this long is looked up; the paper's value
 REFRESH_GAP_S = 20.0  # between two walks over the buckets for those
 PROBE_S = 10 * 60.0  # a contact silent for this long is asked whether it is there
 PROBE_FAILING_S = 5.0  # the second chance of one that just failed
@@ -56,6 +56,7 @@ RESEED_S = 2 * 60.0  # between calls to seeds that left the table: a restarted s
 SWEEP_S = 60.0  # between walks over all stored records
 LOOKUPS = 1_024  # running at once in one node
 EXPORT_S = 5 * 60.0  # between two looks at which contacts to come back by
+MET = 64  # of the peers that nobody named, through which a node comes back
 EXPORTED = 64  # contacts by which a node comes back; enough to find the swarm again without the bootstrap peer
 
 
@@ -85,7 +86,6 @@ class Kademlia:
     Args:
         key: signs the pointers that this node publishes; its PeerId is this node's.
         contact: where others reach this node; ``None`` if nobody can (it then publishes nothing).
-        seeds: asked while the table is empty. One that answers is enough.
         rng: spreads refreshes over the key space and republishing over time, and makes lookups unpredictable.
         limit_subnets: see :class:`RoutingTable`.
         notary: signs and checks in place of ``key``, for a simulation.
@@ -98,7 +98,6 @@ class Kademlia:
         contact: Contact | None,
         rng: Rng,
         *,
-        seeds: Iterable[Contact] = (),
         k: int = K,
         limit_subnets: bool = True,
         notary: Notary | None = None,
@@ -111,7 +110,8 @@ class Kademlia:
         self.publisher = Publisher(self._notary, self.store, rng)
         self.contact: Contact | None = None
         self.set_contact(contact)
-        self._seeds = list(seeds)
+        self._seeds: list[Contact] = []
+        self._met: deque[Contact] = deque(maxlen=MET)
         self._remembered: list[Contact] = []  # contacts of better times, the latest first
         self._seeded_at = self._swept_at = self._probe_at = self._refreshed_at = self._exported_at = NEVER
         self._replicated_at: float | None = None
@@ -132,12 +132,23 @@ class Kademlia:
         self.contact = contact
 
     def join(self, now: float, seeds: Iterable[Contact] = ()) -> list[Effect]:
-        """Looks this node up through the seeds, these and earlier ones, which introduces it to its neighbours."""
+        """Looks this node up through the seeds, these and earlier ones, which introduces it to its neighbours. They are
+        asked again while the table is empty; one that answers is enough.
+        """
         known = {seed.peer_id for seed in self._seeds}
         self._seeds += [seed for seed in seeds if seed.peer_id not in known]
         self._seeded_at = now
-        extra = self._seeds if len(self.table) else [*self._seeds, *self._remembered]
+        extra = self._get_doors() if len(self.table) else [*self._get_doors(), *self._remembered]
         return self._start(self._make_id("join"), get_node_id(self.peer_id), "nodes", now, extra)
+
+    def meet(self, contact: Contact, now: float) -> list[Effect]:
+        """Joins through a peer that nobody named, one of the local network; the latest :data:`MET` of these count."""
+        if all(known.peer_id != contact.peer_id for known in self._get_doors()):
+            self._met.append(contact)
+        return self.join(now)
+
+    def _get_doors(self) -> list[Contact]:
+        return [*self._seeds, *self._met]
 
     def export_contacts(self) -> list[Contact]:
         """At most :data:`EXPORTED` contacts through which :meth:`restore` finds the swarm again after a restart; those
@@ -190,7 +201,7 @@ class Kademlia:
         effects: list[Effect] = []
         is_known = len(self.table) > 0
         if len(self._lookups) < LOOKUPS // 2:  # maintenance leaves room for what the node itself wants
-            if not is_known and now - self._seeded_at >= SEED_S and (self._seeds or self._remembered):
+            if not is_known and now - self._seeded_at >= SEED_S and (self._seeds or self._met or self._remembered):
                 effects += self.join(now)
             if self.publisher.publications and self.contact is not None:
                 room = max((LOOKUPS // 2 - len(self._lookups)) // PATHS, 1)
@@ -369,7 +380,7 @@ class Kademlia:
         lookup = self._lookups[lookup_id] = Lookup(target, want, self.peer_id, self._k, self._rng)
         near = self.table.closest(target, self._k)
         if not near:
-            extra = [*extra, *self._seeds, *self._remembered]
+            extra = [*extra, *self._get_doors(), *self._remembered]
         lookup.start(near if want == "nodes" else ())
         lookup.start(extra)
         own: list[Pointer] = []
@@ -474,7 +485,7 @@ class Kademlia:
                 due.append(entry.contact)
         if is_reseeding:
             self._seeded_at = now
-            due += [s for s in self._seeds if s.peer_id not in asked and PeerId(s.peer_id) not in self.table]
+            due += [s for s in self._get_doors() if s.peer_id not in asked and PeerId(s.peer_id) not in self.table]
         return [self._send(contact, FindNode(target=get_node_id(self.peer_id), wanted=0)) for contact in due]
 
     def _replicate(self, now: float) -> list[Effect]:

@@ -58,8 +58,8 @@ TICK_S = 2.0  # how often the shell calls tick
 FOLLOW_S = 10 * 60.0  # since a model was last asked for; a chat pauses for less
 PULL_S = 20.0  # between two pulls of a model, give or take a quarter
 MEMBER_S = 6 * PULL_S  # since it last pulled here that one counts as following; it asks a random member each time
-WANT_S = 15 * 60.0  # between two looks into the DHT for members
-WANT_ALONE_S = 30.0  # while none is known
+WANT_S = 15 * 60.0  # between two looks of a host into the DHT for members: two groups of them would not meet else
+WANT_ALONE_S = 30.0  # while no member is known; who only follows looks just then, and whenever it asks for hosts
 LEAVE_FANOUT = 8  # hosts, and followers, told of a withdrawn advert by its peer
 WATCH_S = PING_S / 2  # between two looks at who was silent for PING_S
 RING = 3  # hosts that a host watches: those after it in the order of marks, so that each is watched
@@ -173,7 +173,7 @@ class Membership:
                 self.topics.add_member(root, contact, now + MAX_TTL_S)  # as long as the pointer lives
                 if peer in topic.members and self.detector.health.get_state(peer) is not State.DOWN:
                     fresh.append(peer)
-        topic.want_at = now + (WANT_S if fresh else WANT_ALONE_S)
+        topic.want_at = self._get_want_at(root, now, is_alone=not fresh)
         effects: list[Effect] = []
         for peer in pick(self._rng, fresh, INTRODUCED):
             effects += self._pull(root, topic, peer, now)
@@ -318,7 +318,10 @@ class Membership:
 
     def _pull_any(self, root: ModelRoot, topic: Topic, now: float) -> list[Effect]:
         colleague = self.topics.pick_colleague(root, self._rng, now)
-        return self._pull(root, topic, colleague, now) if colleague is not None else []
+        if colleague is None:
+            topic.want_at = min(topic.want_at, now + WANT_ALONE_S)
+            return []
+        return self._pull(root, topic, colleague, now)
 
     def _pull(self, root: ModelRoot, topic: Topic, peer: PeerId, now: float) -> list[Effect]:
         contact = self.topics.get_contact(peer)
@@ -361,8 +364,14 @@ class Membership:
         return self.renew(now)
 
     def _want(self, root: ModelRoot, topic: Topic, now: float) -> list[Effect]:
-        topic.want_at = now + (WANT_S if self.topics.get_colleagues(root, now) else WANT_ALONE_S)
+        topic.want_at = self._get_want_at(root, now, is_alone=not self.topics.get_colleagues(root, now))
         return [WantMembers(root=root)]
+
+    def _get_want_at(self, root: ModelRoot, now: float, *, is_alone: bool) -> float:
+        """When to look for members next."""
+        if is_alone:
+            return now + WANT_ALONE_S
+        return now + WANT_S if root in self.own else float("inf")
 
     def _get_watched(self, now: float) -> list[PeerId]:
         """Of each model served here the next few hosts in the order of marks after this one, and one at random of one

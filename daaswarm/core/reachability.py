@@ -20,11 +20,18 @@ RETRY_S = 20.0  # when it isn't: peers come one by one after a start
 
 
 class Sight(enum.IntEnum):
-    """From where a peer sees this node. Only the words of the farthest count: the others say nothing of the world."""
+    """From where a peer sees this node. Only the words of the farthest count: the others say nothing of the world. An
+    own address of the internet is as far as the other side of a NAT: else one peer that made a NAT up would outweigh
+    all the others."""
 
     SAME_MACHINE = 0
     OWN_ADDRESS = 1
-    BEYOND_NAT = 2  # at an address that this machine doesn't have: something between translates
+    OWN_PUBLIC = 2  # of the internet's: nothing translates
+    BEYOND_NAT = 3  # at an address that this machine doesn't have: something between translates
+
+    @property
+    def distance(self) -> int:
+        return min(self, Sight.OWN_PUBLIC)
 
 
 class Vote(msgspec.Struct, frozen=True):
@@ -69,28 +76,27 @@ class Reachability:
         Args:
             origins: of the peers that could be asked, with how they see this node as far as that is known.
         """
-        best: dict[str, Sight | None] = {}
+        best: dict[str, int] = {}
         for origin, sight in origins:
-            if origin not in best or (sight or 0) > (best[origin] or 0):
-                best[origin] = sight
-        order = sorted(best, key=lambda o: (-(best[o] or 0), self._votes[o].at if o in self._votes else float("-inf")))
+            best[origin] = max(best.get(origin, 0), sight.distance if sight is not None else 0)
+        order = sorted(best, key=lambda o: (-best[o], self._votes[o].at if o in self._votes else float("-inf")))
         return order[:ASKED]
 
     def get_verdict(self, now: float) -> Verdict:
         votes = self._get_counted(now)
         if not votes:
             return "unknown"
-        if votes[0].sight is Sight.BEYOND_NAT:
-            if self.get_verified(now):
-                return "reachable"
+        if self.get_verified(now):
+            return "reachable"
+        if self.is_beyond_nat(now):
             return "unreachable" if any(not vote.open_ports for vote in votes) else "unknown"
-        reached = sum(bool(vote.open_ports) for vote in votes)
+        reached = sum(bool(vote.open_ports) for vote in votes if vote.sight is not Sight.BEYOND_NAT)
         return "reachable" if 2 * reached > len(votes) else "unreachable"
 
     def is_beyond_nat(self, now: float) -> bool:
-        """Whether peers see this node at an address that this machine doesn't have."""
+        """Whether most peers see this node at an address that this machine doesn't have."""
         votes = self._get_counted(now)
-        return bool(votes) and votes[0].sight is Sight.BEYOND_NAT
+        return 2 * sum(vote.sight is Sight.BEYOND_NAT for vote in votes) > len(votes)
 
     def get_verified(self, now: float) -> list[tuple[str, int]]:
         """Addresses that this machine doesn't have itself, at which enough peers reached it: a forwarded port. One peer
@@ -112,15 +118,18 @@ class Reachability:
 
     def _get_counted(self, now: float) -> list[Vote]:
         votes = [vote for vote in self._votes.values() if now - vote.at < VOTE_S]
-        farthest = max((vote.sight for vote in votes), default=Sight.SAME_MACHINE)
-        return [vote for vote in votes if vote.sight == farthest]
+        farthest = max((vote.sight.distance for vote in votes), default=0)
+        return [vote for vote in votes if vote.sight.distance == farthest]
 
 
 def get_sight(host: str, own_hosts: Collection[str]) -> Sight:
     """How a peer that sees this node at ``host`` stands to it. Args: ``own_hosts``: this machine's IP addresses."""
     try:
-        if ipaddress.ip_address(host).is_loopback:
-            return Sight.SAME_MACHINE
+        address = ipaddress.ip_address(host)
     except ValueError:
-        pass
-    return Sight.OWN_ADDRESS if host in own_hosts else Sight.BEYOND_NAT
+        return Sight.OWN_ADDRESS if host in own_hosts else Sight.BEYOND_NAT
+    if address.is_loopback:
+        return Sight.SAME_MACHINE
+    if host not in own_hosts:
+        return Sight.BEYOND_NAT
+    return Sight.OWN_PUBLIC if address.is_global else Sight.OWN_ADDRESS

@@ -18,10 +18,14 @@ RESERVE_RETRY_S = 30.0  # full: somebody else's reservation has to end first
 
 CIRCUITS = 128  # open or about to be; each costs two file descriptors and 128 KiB of copying
 CIRCUITS_PER_PEER = 16  # of one peer, on either end: one for each peer that it talks to
+CIRCUITS_PER_ORIGIN = 32  # that askers of one IP address have: PeerIds cost nothing, and others want to meet too
+CIRCUITS_PER_ORIGIN_AND_TARGET = 8  # half of what a target has: nobody alone makes it unreachable
 CIRCUIT_RETRY_S = 2.0
 MEETS_PER_S = 1.0  # of one asker, and as many of one origin as four askers have
 MEET_BURST = 16.0  # a requester meets all hosts of a model at once
 ORIGIN_SHARE = 4.0
+PAIR_MEETS_PER_S = 1.0  # that one origin asks for with one target: a quarter of what a target answers
+PAIR_MEET_BURST = 24.0
 
 Key = TypeVar("Key", bound=str)
 
@@ -34,9 +38,10 @@ class Reservation(msgspec.Struct):
 
 
 class Circuit(msgspec.Struct, eq=False):
-    """``waiting``: the tokens that have not been shown yet."""
+    """``origin``: the asker's. ``waiting``: the tokens that have not been shown yet."""
 
     asker: PeerId
+    origin: str
     target: PeerId
     waiting: set[bytes]
     made_at: float
@@ -51,8 +56,11 @@ class RelayDesk:
         self._circuits: dict[int, Circuit] = {}  # by id(circuit)
         self._by_token: dict[bytes, Circuit] = {}  # tokens not shown yet
         self._by_peer: Counter[PeerId] = Counter()  # circuits, on either end
+        self._by_asking: Counter[str] = Counter()  # circuits, by the asker's origin
+        self._by_pair: Counter[str] = Counter()  # ... and the target
         self._meets = Quotas(MEETS_PER_S, MEET_BURST)
         self._origin_meets = Quotas(MEETS_PER_S * ORIGIN_SHARE, MEET_BURST * ORIGIN_SHARE)
+        self._pair_meets = Quotas(PAIR_MEETS_PER_S, PAIR_MEET_BURST)
 
     @property
     def reservations(self) -> list[PeerId]:
@@ -101,6 +109,7 @@ class RelayDesk:
             Busy: too many meetings of the asker, or circuits.
         """
         self.tick(now)
+        pair = _get_pair(origin, target)
         wait_s = self._meets.take(asker, now) or self._origin_meets.take(PeerId(origin), now)
         if wait_s:
             raise Busy("too many meetings were asked for", retry_after_s=wait_s)
@@ -112,12 +121,24 @@ class RelayDesk:
             if self._by_peer[peer] >= CIRCUITS_PER_PEER:
                 text = f"{peer} has {CIRCUITS_PER_PEER} circuits through this relay"
                 raise Busy(text, retry_after_s=CIRCUIT_RETRY_S)
-        circuit = Circuit(asker, target, set(tokens), now)
+        for count, limit in (
+            (self._by_asking[origin], CIRCUITS_PER_ORIGIN),
+            (self._by_pair[pair], CIRCUITS_PER_ORIGIN_AND_TARGET),
+        ):
+            if count >= limit:
+                raise Busy(
+                    f"peers of your address have {limit} circuits through this relay", retry_after_s=CIRCUIT_RETRY_S
+                )
+        if wait_s := self._pair_meets.take(PeerId(pair), now):
+            raise Busy(f"too many meetings with {target} were asked for", retry_after_s=wait_s)
+        circuit = Circuit(asker, origin, target, set(tokens), now)
         self._circuits[id(circuit)] = circuit
         for token in tokens:
             self._by_token[token] = circuit
         for peer in (asker, target):
             self._by_peer[peer] += 1
+        self._by_asking[origin] += 1
+        self._by_pair[pair] += 1
         return circuit
 
     def claim(self, token: bytes, now: float) -> Circuit:
@@ -142,6 +163,8 @@ class RelayDesk:
         circuit.waiting = set()
         for peer in (circuit.asker, circuit.target):
             _count_down(self._by_peer, peer)
+        _count_down(self._by_asking, circuit.origin)
+        _count_down(self._by_pair, _get_pair(circuit.origin, circuit.target))
 
     def tick(self, now: float) -> None:
         """Drop what is over."""
@@ -162,9 +185,18 @@ class RelayDesk:
         assert self._by_origin == Counter(r.origin for r in self._reservations.values())
         ends = Counter(peer for c in self._circuits.values() for peer in (c.asker, c.target))
         assert self._by_peer == ends and all(count <= CIRCUITS_PER_PEER for count in ends.values())
+        assert self._by_asking == Counter(c.origin for c in self._circuits.values())
+        assert self._by_pair == Counter(_get_pair(c.origin, c.target) for c in self._circuits.values())
+        assert max(self._by_asking.values(), default=0) <= CIRCUITS_PER_ORIGIN
+        assert max(self._by_pair.values(), default=0) <= CIRCUITS_PER_ORIGIN_AND_TARGET
         assert self._by_token == {token: c for c in self._circuits.values() for token in c.waiting}
         self._meets.validate()
         self._origin_meets.validate()
+        self._pair_meets.validate()
+
+
+def _get_pair(origin: str, target: PeerId) -> str:
+    return f"{origin} {target}"
 
 
 def _count_down(counter: Counter[Key], key: Key) -> None:

@@ -44,7 +44,8 @@ def parse_address(text: str) -> Address:
     try:
         parts = [(protocol.name, value or "") for protocol, value in Multiaddr(text).items()]
     except (MultiaddrError, ValueError, LookupError, TypeError) as error:
-        raise ConfigError(f"{shown} is not a multiaddress: {error}", hint=EXAMPLE) from error
+        reason = str(error).removeprefix(f"Invalid MultiAddr {text!r}: ").removesuffix(f" (string: {text})")
+        raise ConfigError(f"{shown} is not a multiaddress: {reason}", hint=EXAMPLE) from error
     names = [name for name, _ in parts]
     if not names or names[0] not in _HOST_PROTOCOLS:
         raise ConfigError(f"{shown} names no host", hint=f"begin with /ip4/, /ip6/ or /dns4/; {EXAMPLE}")
@@ -121,6 +122,9 @@ def get_announce_addrs(
         for address in listen:
             addresses.extend(_get_reachable(address, interfaces))
     unique = dict.fromkeys(str(address._replace(peer_id=peer_id)) for address in addresses)
+    for text in unique:
+        if len(text) > MAX_CHARS:
+            raise ConfigError(f"{text!r} is longer than {MAX_CHARS} letters", hint="announce a shorter name")
     return list(unique)[:8]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ import msgspec
 import trio
 
 from daaswarm.core.quotas import Quotas
+from daaswarm.core.relay_desk import CIRCUITS_PER_PEER
 from daaswarm.errors import Busy, ConfigError, ConnectionLost, DaaswarmError, RelayRefused, Unreachable
 from daaswarm.messages import Arranged, Contact, Invite, Meet
 from daaswarm.net.addresses import CIRCUIT, Address, parse_address
@@ -32,10 +34,13 @@ log = logging.getLogger(__name__)
 MEET_S = 6.0  # the relay's INVITE_S and two round trips
 REVERSE_S = 2.0  # for dialling the asker back: it's a round trip or two, or a firewall that drops it
 REVERSE_ADDRS = 4  # of the asker's that are tried
+DIALLED_PER_HOST = 32  # connections with one IP address; who asks from there beyond is met by circuit
 INVITES_AT_ONCE = 32  # each dials; a relay that makes up askers gets no more of this node than that
 INVITES_PER_S, INVITE_BURST = 4.0, 32.0  # of one relay
+RELAYED = 2 * CIRCUITS_PER_PEER  # connections through one relay: more than an honest one makes, or it could fill a node
 _LOCAL = ("169.254.0.0/16", "fe80::/10", "127.0.0.0/8", "::1/128")  # link-local, loopback
 INTERNAL = (*PRIVATE, *map(ipaddress.ip_network, _LOCAL))  # what means another machine on every network
+NAT64 = ipaddress.IPv6Network("64:ff9b::/32")  # RFC 6052 and 8215
 LAN_PREFIX_V4, LAN_PREFIX_V6 = 24, 64  # what is taken for this machine's own network
 
 
@@ -95,13 +100,18 @@ class Circuits:
         self.is_dialable = True
         self._network = network
         self._invites = Quotas(INVITES_PER_S, INVITE_BURST)
+        self._knocking: dict[PeerId, trio.Lock] = {}  # relays that are being dialled
         self._answering = 0
         self.dialled_back = 0  # askers
         self.came = 0  # to a relay, for an asker
 
     def get_addrs(self) -> list[str]:
         """The addresses at which this node is met through its relays."""
-        return [f"{addr}{CIRCUIT}/p2p/{self._network.peer_id}" for addr in self.relays.values()]
+        return [self.get_addr(addr) for addr in self.relays.values()]
+
+    def get_addr(self, relay: str) -> str:
+        """Where this node is met through the relay at that address."""
+        return f"{relay}{CIRCUIT}/p2p/{self._network.peer_id}"
 
     async def dial(self, address: Address, addr: str) -> ShakenHands | None:
         """Meet ``address.peer_id`` through ``address.relay``; ``None``: it dialled this node, and is connected.
@@ -117,12 +127,16 @@ class Circuits:
             raise Unreachable(f"{addr} is this node itself")
         if relay == network.peer_id:
             raise Unreachable(f"{target} is met through this node, but has no connection with it", hint="it is gone")
-        door = address._replace(peer_id=relay, relay=None)
+        door = str(address._replace(peer_id=relay, relay=None))
         direct = network.direct_addrs if self.is_dialable else []
+        meet = Meet(target=target, addrs=direct[:REVERSE_ADDRS])
+        reply = None
         try:
-            contact = Contact(peer_id=relay, addrs=[str(door)])
-            meet = Meet(target=target, addrs=direct[:REVERSE_ADDRS])
-            reply, _ = await network.call(contact, meet, deadline_s=MEET_S)
+            with trio.move_on_after(MEET_S):
+                connection = network.get_direct(relay) or await self._knock(relay, door)
+                reply, _ = await connection.call(meet, deadline_s=MEET_S)
+            if reply is None:
+                raise Unreachable(f"no answer within {MEET_S:g} s")
         except DaaswarmError as error:
             hint = "it may have another relay by now: its address is looked up again"
             raise Unreachable(f"not met through the relay {relay}: {error.message}", hint=hint) from error
@@ -132,7 +146,23 @@ class Circuits:
             if not network.is_connected(target):
                 raise Unreachable(f"{target} is said to have dialled this node, but did not come")
             return None
-        return await network.dial_through(door, check_token(reply.token), addr, target)
+        token = check_token(reply.token)
+        return await network.dial_through(get_door(await self._knock(relay, door)), token, addr, target)
+
+    async def _knock(self, relay: PeerId, addr: str) -> Connection:
+        """A connection with a relay that this node has dialled, at ``addr`` if there is none yet."""
+        network = self._network
+        lock = self._knocking.setdefault(relay, trio.Lock())
+        try:
+            async with lock:
+                connection = network.get_dialled(relay)
+                if connection is None and not network.is_connected(relay):
+                    await network.connect(Contact(peer_id=relay, addrs=[addr]))
+                    connection = network.get_dialled(relay)
+                return connection or await network.dial_anew(addr)
+        finally:
+            if not lock.locked():
+                self._knocking.pop(relay, None)
 
     async def improve(self, connection: Connection) -> None:
         """Have a direct connection with the peer of a relayed one, if there is a way by now; the relayed one then ends
@@ -164,22 +194,33 @@ class Circuits:
             Busy: too many invitations.
         """
         addr = self.relays.get(relay)
+        connection = self._network.get_dialled(relay)
         peer = PeerId(invite.peer)
-        if addr is None or peer in (relay, self._network.peer_id):
+        if addr is None or connection is None or peer in (relay, self._network.peer_id):
             raise RelayRefused(f"{self._network.peer_id} holds no reservation at {relay}")
         wait_s = self._invites.take(relay, trio.current_time())
-        if wait_s or self._answering >= INVITES_AT_ONCE:
+        through = f"{addr}{CIRCUIT}"
+        relayed = sum(c.remote_addr.startswith(through) for c in self._network.connections if not c.is_client)
+        if wait_s or self._answering >= INVITES_AT_ONCE or relayed >= RELAYED:
             raise Busy("too many peers want to meet", retry_after_s=wait_s or 1.0)
         self._answering += 1
         try:
-            if await self._dial_back(peer, get_dialable(invite, addr, self._network.direct_addrs)):
+            dialable = get_dialable(invite, addr, self._network.direct_addrs)
+            if await self._dial_back(peer, self._leave_out_crowds(dialable)):
                 self.dialled_back += 1
                 return Arranged(dialled=True)
         finally:
             self._answering -= 1
         self.came += 1
-        self._network.start(self._come, addr, invite.token, peer)
+        self._network.start(self._come, get_door(connection), invite.token, f"{through}/p2p/{peer}", peer)
         return Arranged()
+
+    def _leave_out_crowds(self, addrs: list[str]) -> list[str]:
+        """Without machines to which this node has many connections of its own: those are pushed out by nobody else's,
+        and PeerIds cost nothing."""
+        own = [c for c in self._network.connections if c.is_client and not c.is_relayed]
+        hosts = Counter(get_door(connection).host for connection in own)
+        return [addr for addr in addrs if hosts[parse_address(addr).host] < DIALLED_PER_HOST]
 
     async def _dial_back(self, peer: PeerId, addrs: list[str]) -> bool:
         if not addrs:
@@ -193,15 +234,21 @@ class Circuits:
                 log.debug("%s can't be dialled back: %s", peer, error)
         return False
 
-    async def _come(self, addr: str, token: bytes, peer: PeerId) -> None:
+    async def _come(self, door: Address, token: bytes, addr: str, peer: PeerId) -> None:
         try:
-            await self._network.accept_through(parse_address(addr), token, f"{addr}{CIRCUIT}/p2p/{peer}", peer)
+            await self._network.accept_through(door, token, addr, peer)
         except trio.TooSlowError:
-            log.info("%s did not come to the relay at %s", peer, addr)
+            log.info("%s did not come to the relay at %s", peer, door)
         except (DaaswarmError, OSError) as error:
-            log.info("no circuit for %s through %s: %s", peer, addr, error)
+            log.info("no circuit for %s through %s: %s", peer, door, error)
         except Exception:  # a bug of ours that a stranger's bytes brought to light
-            log.exception("the circuit of %s through %s failed", peer, addr)
+            log.exception("the circuit of %s through %s failed", peer, door)
+
+
+def get_door(relay: Connection) -> Address:
+    """Where a circuit is opened: where the relay has proven to be when this node dialled it. An opening has 32 bytes of
+    the relay's choice, and whoever announces a circuit, or a name, could have them sent to anybody."""
+    return parse_address(relay.peer.reached_at)
 
 
 def get_dialable(invite: Invite, relay: str, own: Iterable[str]) -> list[str]:
@@ -222,8 +269,8 @@ def get_dialable(invite: Invite, relay: str, own: Iterable[str]) -> list[str]:
             if address.relay is not None or address.peer_id not in (None, invite.peer):
                 continue
             ip = ipaddress.ip_address(address.host)
-            if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
-                continue  # a disguise
+            if isinstance(ip, ipaddress.IPv6Address) and (ip.ipv4_mapped or ip.sixtofour or ip.teredo or ip in NAT64):
+                continue  # an IPv4 address in disguise, perhaps an internal one
             is_seen = ip == ipaddress.ip_address(invite.host)
         except (DaaswarmError, ValueError):
             continue

@@ -109,13 +109,15 @@ class TcpNetwork(ConnectionPool):
         found = [c for c in self._by_peer.get(peer_id, ()) if c.is_open and not c.is_relayed]
         return min(found, key=lambda connection: connection.is_client, default=None)
 
+    def get_dialled(self, peer_id: PeerId) -> Connection | None:
+        """The live connection that this node has dialled without a relay: where that leads, the peer has proven."""
+        found = (c for c in self._by_peer.get(peer_id, ()) if c.is_open and c.is_client and not c.is_relayed)
+        return next(found, None)
+
     def get_direct_host(self, peer_id: PeerId) -> str | None:
-        """The IP address at which this node sees a peer; ``None`` if there is no connection, or by a name only."""
+        """The IP address at which this node sees a peer; ``None`` if there is no connection."""
         connection = self.get_direct(peer_id)
-        if connection is None:
-            return None
-        address = parse_address(connection.remote_addr)
-        return address.host if address.protocol.startswith("ip") else None
+        return get_host(connection) if connection is not None else None
 
     def note_contact(self, contact: Contact) -> None:
         """A peer's addresses changed."""
@@ -129,12 +131,16 @@ class TcpNetwork(ConnectionPool):
         return hands
 
     async def dial_through(self, door: Address, token: bytes, addr: str, expected: PeerId) -> ShakenHands:
-        """The asker's end of a circuit. ``door``: the relay's address."""
-        sock = await self._open_circuit(door, token)
+        """The asker's end of a circuit. ``door``: where the relay has proven to be. Raises as ``connect`` does."""
+        sock = None
+        with trio.move_on_after(DIAL_S):
+            sock = await self._open_circuit(door, token)
+        if sock is None:
+            raise Unreachable(f"no answer from {door} within {DIAL_S:g} s", hint=SILENT_HINT)
         return await self._prove_server(sock, addr, expected)
 
     async def accept_through(self, door: Address, token: bytes, addr: str, expected: PeerId) -> None:
-        """The target's end of a circuit, up to a connection.
+        """The target's end of a circuit, up to a connection. ``door``: where the relay has proven to be.
 
         Raises:
             TooSlowError: the asker doesn't come.
@@ -227,7 +233,7 @@ class TcpNetwork(ConnectionPool):
             if not self._proven[origin]:
                 del self._proven[origin]
 
-    async def dial_anew(self, addr: str, dialling: Dialling) -> Connection:
+    async def dial_anew(self, addr: str, dialling: Dialling = DIALLING) -> Connection:
         """One more connection with whoever is at ``addr``, without a relay; raises as ``connect_addr`` does."""
         hands = await self._dial_tcp(addr, None, dialling)
         assert hands is not None
@@ -262,6 +268,8 @@ class TcpNetwork(ConnectionPool):
         dialling = dialling or DIALLING
         step, what = "tls", "accepted the connection"
         try:
+            host, port = sock.getpeername()[:2]
+            reached_at = str(get_host_address(host, port, expected))
             with trio.fail_after(dialling.handshake_s):
                 with marking("tls", dialling.note):
                     carrier = TlsCarrier(sock, self._contexts.client, remote_addr=addr)
@@ -274,7 +282,8 @@ class TcpNetwork(ConnectionPool):
                 step, what = "handshake", "speaks TLS as daaswarm does"
                 with marking("handshake", dialling.note):
                     handshake = ClientHandshake(self.identity, self.contact, carrier.binding, proven)
-                    return await shake_hands(carrier, handshake)
+                    hands = await shake_hands(carrier, handshake)
+                    return replace(hands, peer=replace(hands.peer, reached_at=reached_at))
         except BaseException as error:
             close(sock)
             if isinstance(error, trio.TooSlowError):
@@ -286,7 +295,16 @@ class TcpNetwork(ConnectionPool):
             if isinstance(error, OSError):
                 with marking(step):
                     raise Unreachable(f"{addr} broke off the handshake: {error}") from error
+            if isinstance(error, Exception) and not isinstance(error, DaaswarmError):
+                log.exception("the handshake with %s failed", addr)  # a bug of ours that its answer brought to light
+                with marking(step):
+                    raise Unreachable(f"{addr}: internal error; the log has the details") from error
             raise
+
+
+def get_host(connection: Connection) -> str:
+    """The IP address at the other end, whatever name led to it."""
+    return parse_address(connection.peer.reached_at or connection.remote_addr).host
 
 
 @asynccontextmanager

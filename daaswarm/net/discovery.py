@@ -101,6 +101,10 @@ class Discovery:
         """Introduce this node to the swarm through ``seeds``."""
         self._apply(self.kademlia.join(time.time(), seeds))
 
+    def meet(self, contact: Contact) -> None:
+        """Introduce this node to the swarm through a peer that nobody named."""
+        self._apply(self.kademlia.meet(contact, time.time()))
+
     def restore(self, contacts: Iterable[Contact]) -> None:
         """Find the swarm again through peers of an earlier run, whether or not any of the seeds is there."""
         self._apply(self.kademlia.restore(contacts, time.time()))

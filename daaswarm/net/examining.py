@@ -5,6 +5,7 @@ The verdicts are :mod:`daaswarm.core.diagnosis`'s. Every step has a deadline, so
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Awaitable, Callable
@@ -242,10 +243,14 @@ class Examiner:
             reply, _ = await connection.call(GetAdverts(), deadline_s=self._patience.call_s)
             for signed in reply.adverts if isinstance(reply, Adverts) else ():
                 known = self._notary.open_advert(signed, time.time())
+                if known.advert.peer_id != connection.peer_id:
+                    hint = "it shows as its own what another serves: trust nothing that it says"
+                    raise RemoteProtocolError(f"an advert of {known.advert.peer_id}", hint=hint)
                 served.append(f"{known.advert.model_name} ({len(known.advert.held)} layers)")
         except RemoteProtocolError as error:
             text = f"what it serves is refused: {error.message}"
-            await self._add(Step(name="advert", verdict="failed", seen=text, next="compare the clocks"), began)
+            hint = error.hint or "compare the clocks"
+            await self._add(Step(name="advert", verdict="failed", seen=text, next=hint), began)
             return
         except DaaswarmError as error:
             text = f"it doesn't say what it serves: {error.message}"
@@ -375,7 +380,7 @@ async def measure_skew(connection: Connection, deadline_s: float = CALL_S) -> tu
     began, asked = trio.current_time(), time.time()
     reply, _ = await connection.call(Ping(), deadline_s=deadline_s)
     half = (trio.current_time() - began) / 2
-    if not isinstance(reply, Pong) or not reply.time:
+    if not isinstance(reply, Pong) or not reply.time or not math.isfinite(reply.time):
         return None
     return reply.time - (asked + half), half
 

@@ -78,6 +78,7 @@ class ProvenPeer:
     contact: Contact | None = None
     agent: str = ""
     observed_addr: str = ""  # where it sees this node, if this node dialled it; its word only
+    reached_at: str = ""  # the IP address and port where it proved itself, or the relay to it, if this node dialled
 
 
 class _Handshake:
@@ -112,10 +113,11 @@ class _Handshake:
 
     def _check_allowed(self, peer_id: PeerId) -> bytes:
         """The refusal of a peer that the allow-list leaves out, else nothing."""
-        if self._identity.allowed.admits(peer_id):
-            return b""
-        hint = f"if it belongs here: daaswarm swarm allow {peer_id}, on the node that refused"
-        return self._fail(NotAllowed(f"{peer_id} is not on this node's allow-list", hint=hint))
+        try:
+            self._identity.allowed.check(peer_id)
+        except NotAllowed as error:
+            return self._fail(error)
+        return b""
 
     def _check_contact(self, contact: Contact | None, peer_id: PeerId) -> bool:
         return contact is None or contact.peer_id == peer_id

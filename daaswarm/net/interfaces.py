@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import socket
 from collections.abc import Iterable, Iterator, Sequence
@@ -120,22 +121,27 @@ def read_interfaces() -> list[Interface]:
 
 
 def read_networks() -> list[Network]:
-    """The networks that this machine is on."""
+    """The networks that this machine is on; none where the system tells no program."""
     found: list[Network] = []
-    for name, host, netmask in _read_addresses():
-        if netmask:
-            bits = bin(int(ipaddress.ip_address(netmask.partition("/")[0]))).count("1")
-            found.append(Network(interface=name, prefix=str(ipaddress.ip_network(f"{host}/{bits}", strict=False))))
+    with contextlib.suppress(OSError):
+        for name, host, netmask in _read_addresses():
+            if netmask:
+                bits = bin(int(ipaddress.ip_address(netmask.partition("/")[0]))).count("1")
+                found.append(Network(interface=name, prefix=str(ipaddress.ip_network(f"{host}/{bits}", strict=False))))
     return found
 
 
 def read_own_hosts() -> set[str]:
-    """The IP addresses of all interfaces of this machine, told others or not."""
-    return {host for _, host, _ in _read_addresses()}
+    """The IP addresses of all interfaces of this machine, told others or not; where the system tells no program, those
+    from which it would dial."""
+    try:
+        return {host for _, host, _ in _read_addresses()}
+    except OSError:
+        return {host for host in map(find_source, OUTSIDE.values()) if host}
 
 
 def _read_addresses() -> Iterator[tuple[str, str, str]]:
-    """Name, IP address without a zone, and netmask if the system says it."""
+    """Name, IP address without a zone, and netmask if the system says it. Raises OSError: it tells no program."""
     import psutil
 
     for name, addresses in psutil.net_if_addrs().items():

@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from daaswarm.core.allow_list import AllowList
-from daaswarm.errors import ConfigError, ConnectionLost, DaaswarmError
+from daaswarm.errors import ConfigError, ConnectionLost, DaaswarmError, NotAllowed
 from daaswarm.limits import CONNECTIONS_PER_PEER, WRITE_STALL_S
-from daaswarm.messages import PROTOCOL_VERSION
+from daaswarm.messages import PROTOCOL_VERSION, Contact, Request
 from daaswarm.net.addresses import parse_address
 from daaswarm.net.carrier import MemoryCarrier, open_memory_pair
 from daaswarm.net.connection import Connection
 from daaswarm.net.handshake import Identity, ProvenPeer
 from daaswarm.net.inbound import InboundBudget
-from daaswarm.net.network import FastHandler, Handler
+from daaswarm.net.network import Answer, FastHandler, Handler
 from daaswarm.net.splice import HTTP_BYTE, MULTISTREAM_BYTE
 from daaswarm.types import PeerId
 
@@ -100,23 +100,26 @@ async def open_libp2p_host(
     door = _Door(handler, fast_handler, budget or InboundBudget(), identity.allowed)
     host.set_stream_handler(TProtocol(get_protocol(identity.swarm)), door.serve)
     failure: Exception | None = None
-    async with host.run(listen_addrs=listen):
-        running = Libp2pHost(identity.peer_id, host)
-        for addr in host.get_addrs():
-            text = str(addr).partition("/p2p/")[0]
-            is_websocket = text.endswith("/ws")
-            inner = parse_address(text.removesuffix("/ws"))
-            running.targets[HTTP_BYTE if is_websocket else MULTISTREAM_BYTE] = (inner.host, inner.port)
-        if MULTISTREAM_BYTE not in running.targets:
-            raise ConfigError("the libp2p host could not listen on 127.0.0.1")
-        try:
-            yield running
-        except Exception as error:  # noqa: BLE001 - raised again below, where libp2p's nursery can't wrap it
-            failure = error
-        finally:
-            with trio.move_on_after(CLOSE_S, shield=True):  # pyright: ignore[reportCallIssue] - wrong third-party stubs
-                for listener in swarm.listeners.values():  # libp2p leaves their sockets open
-                    await listener.close()
+    # Shielded while it starts: cancelled between opening a socket and listening, libp2p leaves that socket open.
+    with trio.CancelScope(shield=True) as starting:
+        async with host.run(listen_addrs=listen):
+            starting.shield = False
+            running = Libp2pHost(identity.peer_id, host)
+            for addr in host.get_addrs():
+                text = str(addr).partition("/p2p/")[0]
+                is_websocket = text.endswith("/ws")
+                inner = parse_address(text.removesuffix("/ws"))
+                running.targets[HTTP_BYTE if is_websocket else MULTISTREAM_BYTE] = (inner.host, inner.port)
+            if MULTISTREAM_BYTE not in running.targets:
+                raise ConfigError("the libp2p host could not listen on 127.0.0.1")
+            try:
+                yield running
+            except Exception as error:  # noqa: BLE001 - raised again below, where libp2p's nursery can't wrap it
+                failure = error
+            finally:
+                with trio.move_on_after(CLOSE_S, shield=True):  # pyright: ignore[reportCallIssue] - wrong third-party stubs
+                    for listener in swarm.listeners.values():  # libp2p leaves their sockets open
+                        await listener.close()
     if failure is not None:
         raise failure
 
@@ -160,13 +163,32 @@ class _Door:
 
     async def _serve(self, stream: INetStream, peer_id: PeerId) -> None:
         outer, inner = open_memory_pair(os.urandom(32), client_addr=f"/libp2p/{peer_id}")
+
+        def check() -> None:
+            """The list may have changed since the stream was opened."""
+            try:
+                self._allowed.check(peer_id)
+            except NotAllowed as error:
+                connection.close(error)
+                raise
+
+        async def handle(
+            peer: PeerId, contact: Contact | None, message: Request, body: memoryview, deadline_s: float
+        ) -> Answer:
+            check()
+            return await self._handler(peer, contact, message, body, deadline_s)
+
+        def handle_inline(peer: PeerId, message: Request, body: memoryview) -> Answer | None:
+            check()
+            return self._fast_handler(peer, message, body) if self._fast_handler is not None else None
+
         connection = Connection(
             inner,
             ProvenPeer(peer_id),
             is_client=False,
             budget=self._budget,
-            handler=self._handler,
-            fast_handler=self._fast_handler,
+            handler=handle,
+            fast_handler=handle_inline,
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_pump_in, stream, outer)

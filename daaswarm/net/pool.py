@@ -150,11 +150,13 @@ class ConnectionPool:
 
         Raises:
             Busy: the peer, or the node, has all the connections it may have, and all are in use.
+            NotAllowed: the allow-list was changed while it proved itself.
         """
         peer_id = hands.peer.peer_id
         try:
+            self.identity.allowed.check(peer_id)
             self._make_room(peer_id, is_client)
-        except Busy:
+        except DaaswarmError:
             _drop(hands.carrier)
             raise
         connection = Connection(

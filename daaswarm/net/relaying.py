@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import trio
 
 from daaswarm.core.pacing import TokenBucket
+from daaswarm.core.quotas import Quotas
 from daaswarm.core.relay_desk import TOKEN_S, Circuit, RelayDesk
-from daaswarm.errors import DaaswarmError, RelayRefused, RemoteProtocolError, Unreachable
+from daaswarm.errors import Busy, DaaswarmError, NotAllowed, RelayRefused, RemoteProtocolError, Unreachable
 from daaswarm.messages import Arranged, Invite, Meet, Reserved
 from daaswarm.net.addresses import get_origin
 from daaswarm.types import PeerId
@@ -30,6 +31,10 @@ CIRCUIT_BYTES = 64 << 30  # passed in all, both ways: half a day of a gigabyte e
 CIRCUIT_BYTES_PER_S = 32 << 20  # of one circuit, both ways: a quarter of a gigabit line
 RELAY_BYTES_PER_S = 64 << 20  # of all circuits: half of that line is left to the node's own work
 COPY_BYTES = 64 * 1024  # read at once
+RESERVES_PER_S, RESERVE_BURST = (
+    0.1,
+    8.0,
+)  # of one peer; each looks at all connections, and one in five minutes is needed
 
 
 class _Pair:
@@ -51,6 +56,7 @@ class Relay:
         self.bucket = TokenBucket(RELAY_BYTES_PER_S)  # of all circuits together
         self._network = network
         self._pairs: dict[int, _Pair] = {}  # by id of the circuit
+        self._reserves = Quotas(RESERVES_PER_S, RESERVE_BURST)
 
     def reserve(self, peer: PeerId) -> Reserved:
         """Raises:
@@ -58,6 +64,8 @@ class Relay:
         Busy: the limits are reached.
         """
         self._check_on()
+        if wait_s := self._reserves.take(peer, trio.current_time()):
+            raise Busy("reservations were asked for too often", retry_after_s=wait_s)
         host = self._network.get_direct_host(peer)
         if host is None:
             raise RelayRefused("a reservation needs a direct connection with the relay")
@@ -171,6 +179,8 @@ class Relay:
                     nonlocal passed
                     try:
                         while data := await source.receive_some(COPY_BYTES):
+                            for peer in (circuit.asker, circuit.target):
+                                self._network.identity.allowed.check(peer)  # the list may have changed
                             passed += len(data)
                             self.bytes_passed += len(data)
                             if passed > CIRCUIT_BYTES:
@@ -183,7 +193,7 @@ class Relay:
                                 await trio.sleep(wait_s)
                             await target.send_all(data)
                         await target.send_eof()
-                    except trio.BrokenResourceError:
+                    except (trio.BrokenResourceError, NotAllowed):
                         nursery.cancel_scope.cancel()
 
                 nursery.start_soon(copy, a, b)

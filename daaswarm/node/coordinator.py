@@ -201,8 +201,10 @@ class SwarmCoordinator:
             await self.network.connect(contact)
         except DaaswarmError as error:
             logger.info("%s of the local network: %s", contact.peer_id, error)
-        else:
-            self.discovery.join([contact])
+        else:  # at the addresses that it gives itself: it may have been connected before, and what was told a lie
+            connection = self.network.get(contact.peer_id)
+            if connection is not None and connection.peer.contact is not None:
+                self.discovery.meet(connection.peer.contact)
 
     async def wait_for_libp2p(self) -> None:
         """Until libp2p peers can connect too: what ``ready`` promises."""
@@ -396,5 +398,10 @@ def check_bootstrap(addresses: list[str]) -> None:
     ConfigError: an address is none, or names no peer.
     """
     for address in addresses:
-        if parse_address(address).peer_id is None:
+        try:
+            peer_id = parse_address(address).peer_id
+        except ConfigError as error:
+            hint = f"{error.hint}; without that option it is the setting network.bootstrap"
+            raise ConfigError(f"--bootstrap {error.message}", hint=hint) from error
+        if peer_id is None:
             raise ConfigError(f"--bootstrap {address} names no PeerId", hint="it ends in /p2p/12D3Koo…")

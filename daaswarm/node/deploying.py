@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -18,6 +17,7 @@ from daaswarm.node.hosting import Hosting, Wish, count_bytes, describe_held, get
 from daaswarm.node.reporting import Emit, Event, get_model
 from daaswarm.store.node_store import NodeStore
 from daaswarm.store.records import Deployment
+from daaswarm.systems import expand_user
 from daaswarm.types import Dtype, ModelRoot, format_bytes, format_range, parse_range
 
 if TYPE_CHECKING:
@@ -296,7 +296,7 @@ class Deploying:
 
     def _find(self, name: str) -> Deployment:
         """By name, root, the beginning of a root, or where it was deployed from."""
-        path = str(Path(name).expanduser().absolute())
+        path = str(expand_user(name).absolute())
         found = [
             d
             for d in self._deployed.values()

@@ -91,7 +91,7 @@ class Diagnosing:
             targets = [await self._examine(peer, emit, patience)]
             return {"targets": targets, **_get_verdict(targets)}
         addrs = (await self._find(peer, bootstrap, known)).addrs[:ADDRESSES]
-        targets = [await self._examine(addr, emit, patience) for addr in addrs]
+        targets = [await self._examine_of(PeerId(peer), addr, emit, patience) for addr in addrs]
         # A peer needs one address that works.
         good = [target for target in targets if target["verdict"] != "failed"]
         return {"targets": targets, **_get_verdict(good or targets)}
@@ -146,6 +146,21 @@ class Diagnosing:
             self._discovery.join([contact])
         peer_id = contact.peer_id if contact is not None else None
         return {"addr": addr, "peer_id": peer_id, **_conclude(steps)}
+
+    async def _examine_of(self, peer: PeerId, addr: str, emit: Emit, patience: Patience) -> Event:
+        """An address that somebody says is ``peer``'s: whoever else answers there doesn't count."""
+        try:
+            address = parse_address(addr)
+        except ConfigError as error:
+            step = Step(name="name", verdict="failed", seen=error.message, next="the peer announces what is no address")
+        else:
+            if address.peer_id in (None, peer):
+                return await self._examine(str(address._replace(peer_id=peer)), emit, patience)
+            hint = "the peer announces another's address"
+            step = Step(name="peer id", verdict="failed", seen=f"an address of {address.peer_id}", next=hint)
+        await emit({"event": "target", "addr": addr})
+        await emit({"event": "step", "addr": addr, **_describe(step)})
+        return {"addr": addr, "peer_id": None, **_conclude([step])}
 
     async def _examine_own(self, has_bootstrap: bool, emit: Emit) -> Event:
         await emit({"event": "target", "addr": "this node"})

@@ -19,14 +19,14 @@ from daaswarm.core.routing_table import get_node_id
 from daaswarm.errors import ConfigError, DaaswarmError
 from daaswarm.messages import Contact, Reply, Request
 from daaswarm.net.addresses import is_loopback, parse_address
-from daaswarm.net.dataplane import open_tcp_network
+from daaswarm.net.dataplane import TcpNetwork, open_tcp_network
 from daaswarm.net.discovery import Discovery
 from daaswarm.net.handshake import Identity
 from daaswarm.net.inbound import InboundBudget
 from daaswarm.net.lan import Lan
 from daaswarm.net.network import FastHandler, Handler
 from daaswarm.net.scope import open_service_nursery
-from daaswarm.node.coordinator import SwarmCoordinator, check_bootstrap
+from daaswarm.node.coordinator import SwarmCoordinator, check_bootstrap, describe_swarm
 from daaswarm.node.identity import load_identity
 from daaswarm.node.reporting import Emit, Event
 from daaswarm.node.systemd import Systemd
@@ -192,7 +192,7 @@ async def run_node(data_dir: DataDir, config: Config, emit: Emit, *, host: Event
             else:
                 await node.wait_for_libp2p()
                 await node.reaching.wait_settled()
-                lines = describe_binding(config, node.network.direct_addrs) + node.reaching.get_lines()
+                lines = describe_binding(config, node.network) + node.reaching.get_lines()
                 await tell({"event": "ready", "peer_id": node.peer_id, "addrs": node.addrs, "lines": lines})
                 await trio.sleep_forever()
 
@@ -262,15 +262,20 @@ def check_addresses(config: Config, *, listen: bool) -> None:
                 if parse_address(address).relay is not None:
                     raise ConfigError(f"{address} leads through a relay: a node finds its relays by itself")
             except ConfigError as error:
+                hint = f"{hint}; without that option it is the setting network.{key}"
                 raise ConfigError(f"--{key} {error.message}", hint=hint) from error
     check_bootstrap(config.network.bootstrap)
 
 
-def describe_binding(config: Config, addrs: list[str]) -> list[str]:
-    """What has to be open when the node listens to more than this machine."""
-    listening = parse_address(config.network.listen)
+def describe_binding(config: Config, network: TcpNetwork) -> list[str]:
+    """What has to be open when the node listens to more than this machine; else how to meet it on this one."""
+    listening, addrs, key = parse_address(config.network.listen), network.direct_addrs, network.identity.swarm_key
     if is_loopback(listening.host):
         lines = ["listening on this machine only; --listen /ip4/0.0.0.0/tcp/4001 lets others in"]
-        return [*lines, f"next: daaswarm host-expert MODEL --bootstrap {addrs[0]} --data-dir ANOTHER"]
+        swarm = describe_swarm(key, config)["id"]
+        option = "" if swarm == NetworkConfig().swarm else f" --swarm-id {swarm}"
+        needs = "" if key is None else " (which needs the key too: daaswarm swarm add)"
+        next_ = f"next: daaswarm host-expert MODEL{option} --bootstrap {addrs[0]} --data-dir ANOTHER{needs}"
+        return [*lines, next_]
     ports = sorted({parse_address(address).port for address in addrs})
     return [f"open TCP port {', '.join(map(str, ports))} in your firewall or router for others to reach this node"]

@@ -3,6 +3,7 @@ for others where they can, and tells the swarm when its addresses change."""
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 from collections.abc import Iterable
 
@@ -13,10 +14,10 @@ from daaswarm.config import NetworkConfig
 from daaswarm.core.reachability import Reachability, Sight, get_sight
 from daaswarm.errors import Busy, DaaswarmError
 from daaswarm.messages import CheckReach, Contact, Moved, Reached, Reserve, Reserved
-from daaswarm.net.addresses import get_host_address, get_origin, is_ip, is_loopback, parse_address
+from daaswarm.net.addresses import MAX_CHARS, get_host_address, get_origin, is_ip, is_loopback, parse_address
 from daaswarm.net.circuits import is_circuit
 from daaswarm.net.connection import Connection
-from daaswarm.net.dataplane import TcpNetwork
+from daaswarm.net.dataplane import TcpNetwork, get_host
 from daaswarm.net.discovery import Discovery
 from daaswarm.net.interfaces import read_own_hosts
 from daaswarm.node.reporting import Event
@@ -30,6 +31,7 @@ RESERVE_S = 5.0  # for an answer to Reserve
 RELAYS = 2  # one may die; more would only cost others
 TRIED = 3  # peers that are asked for a reservation, or connected for it, in one look
 REFUSED_S = 300.0  # a peer that refused is not asked again
+LOST_S = 60.0  # nor one that was lost sooner than this, for as long: each change of relays is told to the whole swarm
 REFUSED = 256  # such peers that are remembered
 TELL_S = 5.0  # for telling a peer the new contact; it hears it at its next handshake otherwise
 TELL_AT_ONCE = 16
@@ -44,9 +46,10 @@ logger = logging.getLogger(__name__)
 
 
 class _Held(msgspec.Struct):
-    """A reservation. ``renew_at``: s, trio's clock."""
+    """A reservation. ``since``, ``renew_at``: s, trio's clock."""
 
     connection: Connection
+    since: float
     renew_at: float
 
 
@@ -122,11 +125,9 @@ class Reaching:
         peers: dict[str, PeerId] = {}
         sights: list[tuple[str, Sight | None]] = []
         for connection in self._get_direct():
-            address = parse_address(connection.remote_addr)
-            if address.protocol.startswith("ip"):
-                origin = get_origin(address.host)
-                peers.setdefault(origin, connection.peer_id)
-                sights.append((origin, _get_sight(connection, own)))
+            origin = get_origin(get_host(connection))
+            peers.setdefault(origin, connection.peer_id)
+            sights.append((origin, _get_sight(connection, own)))
         now = trio.current_time()
         chosen = self.reach.choose(sights, now)
         ports = list(dict.fromkeys(parse_address(addr).port for addr in self._network.direct_addrs))[:PORTS]
@@ -141,9 +142,10 @@ class Reaching:
             except DaaswarmError as error:  # it may know no such request; nothing was learnt
                 logger.debug("%s does not dial back: %s", peers[origin], error)
                 return
-            if isinstance(reply, Reached) and is_ip(reply.host):
-                answered = set(reply.ports) & set(ports)
-                self.reach.note(origin, reply.host, answered, own, trio.current_time())
+            # With a zone it would be no address of others', and a zone may be any text.
+            if isinstance(reply, Reached) and is_ip(reply.host) and "%" not in reply.host:
+                host = str(ipaddress.ip_address(reply.host))
+                self.reach.note(origin, host, set(reply.ports) & set(ports), own, trio.current_time())
 
         before = self.reach.get_verdict(now)
         async with trio.open_nursery() as nursery:
@@ -176,6 +178,8 @@ class Reaching:
             if not held.connection.is_open:
                 logger.info("the relay %s is gone", relay)
                 self._give_up(relay)
+                if now - held.since < LOST_S:
+                    self._refuse(relay, LOST_S)
         if self.reach.get_verdict(now) == "reachable":
             for relay in list(self._held):
                 self._give_up(relay)
@@ -211,8 +215,8 @@ class Reaching:
                 continue
             if not is_beyond or _get_sight(connection, own) is Sight.BEYOND_NAT:
                 found[peer] = connection
-        taken = {get_place(held.connection) for held in self._held.values()}
-        return sorted(found.values(), key=lambda connection: get_place(connection) in taken)
+        taken = {get_host(held.connection) for held in self._held.values()}  # two relays on one machine die together
+        return sorted(found.values(), key=lambda connection: get_host(connection) in taken)
 
     async def _connect_more(self) -> None:
         """Connections with known peers that may relay."""
@@ -243,9 +247,13 @@ class Reaching:
         if relay not in self._held:
             logger.info("others meet this node through the relay %s at %s", relay, connection.remote_addr)
         connection.is_kept = True
-        self._held[relay] = _Held(connection, trio.current_time() + max(reply.ttl_s / 2, LOOK_S))
-        address = parse_address(connection.remote_addr)
-        self._network.circuits.relays[relay] = str(address._replace(peer_id=relay))
+        now = trio.current_time()
+        since = self._held[relay].since if relay in self._held else now
+        self._held[relay] = _Held(connection, since, now + max(reply.ttl_s / 2, LOOK_S))
+        addr = str(parse_address(connection.remote_addr)._replace(peer_id=relay))
+        if len(self._network.circuits.get_addr(addr)) > MAX_CHARS:  # a long name; nobody could read this node's contact
+            addr = connection.peer.reached_at
+        self._network.circuits.relays[relay] = addr
 
     def _give_up(self, relay: PeerId) -> None:
         held = self._held.pop(relay, None)
@@ -324,11 +332,6 @@ class Reaching:
             "circuits": relay.desk.circuits,
             "bytes_passed": relay.bytes_passed,
         }
-
-
-def get_place(connection: Connection) -> str:
-    """Which machine, or name, a relay is at: two relays on one machine die together."""
-    return parse_address(connection.remote_addr).host
 
 
 def _get_sight(connection: Connection, own: set[str]) -> Sight | None:

@@ -61,11 +61,10 @@ class Driver:
 
     def add(self, n: int, seed: Contact | None = None, *, reachable: bool = True) -> Kademlia:
         contact = make_contact(n)
-        seeds = [seed] if seed else []
-        node = Kademlia(make_key(n), SWARM, contact if reachable else None, random.Random(n), seeds=seeds)
+        node = Kademlia(make_key(n), SWARM, contact if reachable else None, random.Random(n))
         self.nodes[node.peer_id] = node
         self.done[node.peer_id] = []
-        self.perform(node, node.join(self.now))
+        self.perform(node, node.join(self.now, [seed] if seed else []))
         return node
 
     def perform(self, node: Kademlia, effects: list[Effect]) -> None:

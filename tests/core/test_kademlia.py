@@ -7,7 +7,7 @@ import hashlib
 import pytest
 from swarm_driver import NOW, SWARM, Driver, make_contact, make_key, make_peer
 
-from daaswarm.core.kademlia import PROBE_FAILING_S, RESEED_S, SEED_S, Kademlia
+from daaswarm.core.kademlia import MET, PROBE_FAILING_S, RESEED_S, SEED_S, Kademlia
 from daaswarm.core.kademlia_events import (
     LookupDone,
     Misbehaved,
@@ -120,6 +120,14 @@ def test_a_restarted_seed_does_not_found_a_second_swarm() -> None:
     driver.tick(RESEED_S)
     driver.tick(1)
     assert len(fresh.table) == 5
+
+
+def test_of_the_peers_that_nobody_named_only_the_latest_count() -> None:
+    driver = Driver()
+    node = driver.add(1)
+    for n in range(2, MET + 12):
+        driver.perform(node, node.meet(make_contact(n), driver.now))
+    assert [contact.peer_id for contact in node._met] == [make_peer(n) for n in range(12, MET + 12)]
 
 
 def test_a_client_only_peer_finds_but_is_never_a_contact_and_cannot_publish() -> None:

@@ -15,7 +15,7 @@ from daaswarm.core.detector import RECENT_S
 from daaswarm.core.health import State
 from daaswarm.core.marks import get_mark, pack_versions
 from daaswarm.core.membership import PULL_S, PUSH_BURST
-from daaswarm.core.membership_events import Misbehaved, Reply, RequestReceived, SendRequest
+from daaswarm.core.membership_events import Misbehaved, Reply, RequestReceived, SendRequest, WantMembers
 from daaswarm.core.news import FANOUT
 from daaswarm.core.signing import MAX_TTL_S
 from daaswarm.messages import Doubt, Failure, Ping, PullAdverts, Pulled, PushAdverts, Pushed, Signed
@@ -150,6 +150,24 @@ def test_a_requester_learns_from_others_who_is_down() -> None:
     swarm.follow(200)  # the DHT still points to the dead
     swarm.run(12)
     assert set(swarm.offered(200)) == {1, 3, 4, 5, 6}
+
+
+def test_hosts_look_for_others_now_and_then_and_followers_when_they_know_nobody() -> None:
+    swarm = make_swarm(2)
+
+    def count_looks(number: int, seconds: float) -> int:
+        swarm.effects[number].clear()
+        for _ in range(int(seconds / 60)):
+            swarm.follow(number)  # somebody goes on asking
+            swarm.run(60)
+        return sum(isinstance(effect, WantMembers) for effect in swarm.effects[number])
+
+    swarm.effects[1].clear()
+    assert count_looks(101, 2_000) == 0
+    assert sum(isinstance(effect, WantMembers) for effect in swarm.effects[1]) == 2
+    swarm.kill(1)
+    swarm.kill(2)
+    assert count_looks(101, 1_200) > 10
 
 
 def test_a_failure_that_the_node_itself_met_counts() -> None:

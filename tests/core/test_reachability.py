@@ -47,6 +47,39 @@ def test_verdicts(votes, verdict, verified) -> None:
     assert reach.get_verdict(VOTE_S) == "unknown"
 
 
+PUBLIC = "8.8.4.4"  # an own address of the internet
+
+
+@pytest.mark.parametrize(
+    ("votes", "verdict", "beyond"),
+    [
+        # One or a few that make a NAT up are votes like others'.
+        ([("a", PUBLIC, [1]), ("b", PUBLIC, [1]), ("liar", NAT, [])], "reachable", False),
+        ([("a", PUBLIC, [1]), ("b", PUBLIC, [1]), ("liar", NAT, [1])], "reachable", False),
+        ([("a", PUBLIC, [1]), ("liar", NAT, [])], "unreachable", False),
+        ([("a", PUBLIC, []), ("b", PUBLIC, []), ("c", NAT, [1])], "unreachable", False),
+        # As long as they are fewer; a node that also has a NAT of its own (IPv4 and IPv6) is what most see.
+        ([("a", PUBLIC, [1]), ("b", NAT, []), ("c", NAT, [])], "unreachable", True),
+        ([("a", PUBLIC, []), ("b", NAT, [1]), ("c", NAT, [1])], "reachable", True),
+        # Neighbours in the same house still say nothing of the world.
+        ([("a", "10.0.0.2", []), ("b", "10.0.0.2", []), ("c", PUBLIC, [1])], "reachable", False),
+    ],
+)
+def test_one_liar_makes_no_nat(votes, verdict, beyond) -> None:
+    reach = Reachability()
+    for origin, host, ports in votes:
+        reach.note(origin, host, ports, OWN | {PUBLIC}, 0.0)
+    assert (reach.get_verdict(1.0), reach.is_beyond_nat(1.0)) == (verdict, beyond)
+
+
+def test_liars_are_not_asked_before_others() -> None:
+    reach = Reachability()
+    for origin in "abc":
+        reach.note(origin, NAT, [], {PUBLIC}, 0.0)
+    claims = [(origin, Sight.BEYOND_NAT) for origin in "abc"] + [("d", Sight.OWN_PUBLIC)]
+    assert reach.choose(claims, 1.0)[0] == "d"
+
+
 def test_one_origin_has_one_vote_and_the_last_one_counts() -> None:
     reach = make(("a", NAT, [1]), ("a", NAT, [1]))
     assert reach.get_verdict(1.0) == "unknown"
@@ -78,6 +111,7 @@ def test_who_is_asked() -> None:
 def test_sights() -> None:
     assert get_sight("127.0.0.1", OWN) is Sight.SAME_MACHINE and get_sight("::1", OWN) is Sight.SAME_MACHINE
     assert get_sight("10.0.0.2", OWN) is Sight.OWN_ADDRESS
+    assert get_sight(PUBLIC, {PUBLIC}) is Sight.OWN_PUBLIC and get_sight(PUBLIC, OWN) is Sight.BEYOND_NAT
     assert get_sight(NAT, OWN) is Sight.BEYOND_NAT and get_sight("what?", OWN) is Sight.BEYOND_NAT
 
 

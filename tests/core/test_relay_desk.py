@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -73,6 +75,50 @@ def test_circuits_of_one_peer_are_limited_on_either_end(monkeypatch: pytest.Monk
     monkeypatch.setattr(relay_desk, "CIRCUITS", 3)
     with pytest.raises(Busy, match="all 3 circuits"):
         desk.meet(peer(98), "o", peer(0), tokens(98), 0.0)
+
+
+def test_one_address_takes_neither_a_relay_nor_a_target() -> None:
+    """With as many PeerIds as it likes."""
+    desk = RelayDesk()
+    for number in range(20):
+        desk.reserve(peer(number), f"house{number}", 0.0)
+    made: list[Circuit] = []
+    now = 0.0
+    for number in range(400):
+        now += 0.5  # patient enough for every quota
+        with contextlib.suppress(Busy):
+            made.append(desk.meet(peer(1000 + number), "attacker", peer(number % 20), tokens(number), now))
+            for token in list(made[-1].waiting):
+                desk.claim(token, now)
+    assert len(made) == relay_desk.CIRCUITS_PER_ORIGIN
+    for number in range(20):
+        desk.meet(peer(500 + number), f"o{number}", peer(number), tokens(500 + number), now)
+    desk.validate()
+    for circuit in made:
+        desk.close(circuit)
+    taken = 0
+    for number in range(100):
+        now += 1.0
+        with contextlib.suppress(Busy):
+            circuit = desk.meet(peer(2000 + number), "attacker", peer(0), tokens(2000 + number), now)
+            for token in list(circuit.waiting):
+                desk.claim(token, now)
+            taken += 1
+    assert taken == relay_desk.CIRCUITS_PER_ORIGIN_AND_TARGET
+    desk.meet(peer(600), "o", peer(0), tokens(3000), now)
+    desk.validate()
+
+
+def test_one_address_does_not_use_up_what_a_target_answers() -> None:
+    desk = RelayDesk()
+    desk.reserve(peer(0), "house", 0.0)
+    invited = 0
+    for number in range(800):  # 100 s of all that the address may ask for
+        with contextlib.suppress(Busy):
+            desk.close(desk.meet(peer(1000 + number), "attacker", peer(0), tokens(number), number / 8))
+            invited += 1
+    assert invited <= relay_desk.PAIR_MEET_BURST + 101 * relay_desk.PAIR_MEETS_PER_S
+    desk.validate()
 
 
 def test_tokens_open_one_end_each_once_and_soon() -> None:

@@ -58,6 +58,8 @@ def test_announce():
     bound = [Address("ip4", "127.0.0.1", 4001, None)]
     assert get_announce_addrs(bound, [], PEER) == [f"/ip4/127.0.0.1/tcp/4001/p2p/{PEER}"]
     assert get_announce_addrs(bound, ["/dns4/example.org/tcp/1"], PEER) == [f"/dns4/example.org/tcp/1/p2p/{PEER}"]
+    with pytest.raises(ConfigError, match="longer than"):  # with its PeerId; nobody could read the contact
+        get_announce_addrs(bound, [f"/dns4/{'.'.join(['a' * 30] * 7)}/tcp/1"], PEER)
     anywhere = get_announce_addrs([Address("ip4", "0.0.0.0", 4001, None)], [], PEER)
     assert anywhere and not any("0.0.0.0" in addr for addr in anywhere)
     assert all(addr.endswith(f"/tcp/4001/p2p/{PEER}") for addr in anywhere)

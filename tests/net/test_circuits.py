@@ -277,7 +277,8 @@ def test_no_invitation_makes_a_node_dial_a_victim():
     ):
         invite = Invite(peer=asker, host=host, addrs=lan, token=bytes(32))
         assert get_dialable(invite, relay, own) == [lan[i] for i in expected], (host, relay)
-    for host in ("0.0.0.0", "224.0.0.1", "::ffff:127.0.0.1"):
+    disguises = "64:ff9b::a01:2c8", "64:ff9b:1::a01:2c8", "2002:a01:2c8::1"
+    for host in ("0.0.0.0", "224.0.0.1", "::ffff:127.0.0.1", *disguises):
         kind = "ip6" if ":" in host else "ip4"
         invite = Invite(peer=asker, host=host, addrs=[f"/{kind}/{host}/tcp/1"], token=bytes(32))
         assert get_dialable(invite, far, own) == []

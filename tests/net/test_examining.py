@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,12 +16,13 @@ from net_helpers import SWARM, get_identity
 
 from daaswarm.core.allow_list import AllowList
 from daaswarm.core.diagnosis import Step
-from daaswarm.core.notary import KeyNotary
+from daaswarm.core.notary import ADVERT_KIND, KeyNotary
 from daaswarm.core.routing_table import get_node_id
-from daaswarm.core.signing import get_swarm_id
+from daaswarm.core.signing import get_swarm_id, seal
 from daaswarm.core.swarm_keys import SwarmKey
 from daaswarm.errors import Unreachable
-from daaswarm.messages import Adverts, Contact, FindNode, Found, GetAdverts, Request
+from daaswarm.messages import Advert, Adverts, Contact, FindNode, Found, GetAdverts, Pong, Request
+from daaswarm.net import serving as net_serving
 from daaswarm.net.addresses import parse_address
 from daaswarm.net.dataplane import TcpNetwork, open_tcp_network
 from daaswarm.net.examining import Examiner, Patience, explain, find_fault
@@ -239,6 +242,42 @@ async def test_what_others_know_of_it() -> None:
         known[0] = Contact(peer_id=peer.peer_id, addrs=["/ip4/192.0.2.9/tcp/1"])
         steps = await examine(asker, addr)
         assert steps["advert"].verdict == "warning" and "192.0.2.9" in steps["advert"].seen
+
+
+@pytest.mark.parametrize("said", [math.nan, math.inf, -math.inf])
+async def test_a_clock_that_is_no_time(monkeypatch: pytest.MonkeyPatch, said: float) -> None:
+    monkeypatch.setattr(net_serving, "Pong", lambda **fields: Pong(**{**fields, "time": said}))
+    async with two() as (peer, asker):
+        assert (await examine(asker, get_addr(peer)))["clock"].verdict == "skipped"
+
+
+async def test_anothers_advert_is_not_what_a_peer_serves() -> None:
+    advert = Advert(
+        peer_id=get_identity(3).peer_id, model_root="0" * 64, model_name="other", kind="moe", held={0: b"\x01"},
+        dtype="f32", device="cpu", addrs=[], seq=1, expires_at=time.time() + 60,
+    )  # fmt: skip
+    signed = seal(advert, ADVERT_KIND, get_identity(3).key, SWARM)
+
+    async def tell(peer_id: str, contact: Any, message: Request, body: Any, deadline_s: float) -> Any:
+        return (Adverts(adverts=[signed]) if isinstance(message, GetAdverts) else Found(contacts=[])), []
+
+    async with (
+        open_tcp_network(get_identity(1), handler=tell) as peer,
+        open_tcp_network(get_identity(2), handler=answer, listen=[]) as asker,
+    ):
+        step = (await examine(asker, get_addr(peer)))["advert"]
+    assert step.verdict == "failed" and advert.peer_id in step.seen
+
+
+async def test_a_surprise_while_dialling_is_a_verdict(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    def surprise(der: bytes) -> None:
+        raise AttributeError("a certificate that the library trips over")
+
+    monkeypatch.setattr("daaswarm.net.tls.get_certified_peer_id", surprise)
+    async with two() as (peer, asker):
+        assert get_failed(await examine(asker, get_addr(peer))).seen.endswith("the log has the details")
+        assert await find_fault(asker, get_addr(peer), SHORT) is not None
+    assert "AttributeError" in caplog.text
 
 
 async def test_the_short_form() -> None:

@@ -6,7 +6,15 @@ import ipaddress
 
 import pytest
 
-from daaswarm.net.interfaces import Interface, choose, choose_own, read_interfaces
+from daaswarm.net.interfaces import (
+    OUTSIDE,
+    Interface,
+    choose,
+    choose_own,
+    read_interfaces,
+    read_networks,
+    read_own_hosts,
+)
 
 LOOPBACK = Interface("lo", "127.0.0.1")
 LAN = Interface("eth0", "192.168.1.7")
@@ -89,3 +97,12 @@ def test_a_system_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_own(4).hosts == ["192.0.2.9"]
     monkeypatch.setattr("daaswarm.net.interfaces.find_source", lambda host: "")
     assert choose_own(4).hosts == ["127.0.0.1"] and choose_own(6).hosts == ["::1"]
+
+
+def test_a_system_that_tells_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> dict[str, object]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("psutil.net_if_addrs", refuse)
+    monkeypatch.setattr("daaswarm.net.interfaces.find_source", lambda host: "192.0.2.9" if host in OUTSIDE[4] else "")
+    assert read_networks() == [] and read_own_hosts() == {"192.0.2.9"}

@@ -7,13 +7,14 @@ import sys
 
 import pytest
 import trio
-from net_helpers import SWARM, get_identity, serve
+from net_helpers import SWARM, get_call, get_identity, serve
 
 from daaswarm import messages
 from daaswarm.messages import Ping, Pong
 from daaswarm.net.dataplane import open_tcp_network
 from daaswarm.net.frames import Frame, FrameParser, Kind, encode_head
-from daaswarm.net.libp2p_host import get_protocol, open_libp2p_host
+from daaswarm.net.inbound import InboundBudget
+from daaswarm.net.libp2p_host import _Door, get_protocol, open_libp2p_host
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
@@ -68,6 +69,49 @@ async def test_ping_through_the_one_port(suffix):
     gc.collect()
 
 
+class Stream:
+    """One libp2p stream as a door sees it, and its other end."""
+
+    class Muxed:
+        peer_id = get_identity(7).peer_id
+
+    muxed_conn = Muxed()
+
+    def __init__(self) -> None:
+        self.to_door, self._read = trio.open_memory_channel[bytes](9)
+        self._written, self.from_door = trio.open_memory_channel[bytes](9)
+
+    async def read(self, size: int) -> bytes:
+        return await self._read.receive()
+
+    async def write(self, data: bytes) -> None:
+        await self._written.send(data)
+
+    async def reset(self) -> None:
+        self._written.close()
+
+
+async def test_who_is_struck_off_the_allow_list_is_answered_no_more(nursery):
+    allowed = get_identity(1).allowed
+    stream = Stream()
+    served = []
+
+    async def handle(peer_id, contact, message, body, deadline_s):
+        served.append(peer_id)
+        return await serve(peer_id, contact, message, body, deadline_s)
+
+    nursery.start_soon(_Door(handle, None, InboundBudget(), allowed).serve, stream)
+    header = messages.encode(get_call())
+    for call in (1, 3):
+        await stream.to_door.send(encode_head(Kind.REQUEST, call, deadline_ms=5000, header_bytes=len(header)) + header)
+        if call == 1:
+            await stream.from_door.receive()
+            allowed.replace([get_identity(2).peer_id])
+    with trio.fail_after(5), pytest.raises(trio.EndOfChannel):
+        await stream.from_door.receive()
+    assert len(served) == 1
+
+
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 async def test_who_is_not_on_the_allow_list_gets_no_answer(caplog):
     identity = get_identity(1)
@@ -83,3 +127,23 @@ async def test_who_is_not_on_the_allow_list_gets_no_answer(caplog):
                 await visit(node.contact.addrs[0], "")
     assert "not on the allow-list" in caplog.text
     gc.collect()
+
+
+async def test_cancelled_while_it_starts(monkeypatch):
+    """libp2p forgets a socket whose listening is cancelled."""
+    identity = get_identity(1)
+    async with open_libp2p_host(identity, handler=serve):  # its modules are loaded
+        pass
+    opened = []
+
+    def open_socket(*args, **options):
+        opened.append(create(*args, **options))
+        scope.cancel()
+        return opened[-1]
+
+    create = trio.socket.socket
+    monkeypatch.setattr(trio.socket, "socket", open_socket)
+    with trio.fail_after(10), trio.CancelScope() as scope:
+        async with open_libp2p_host(identity, handler=serve):
+            await trio.sleep_forever()
+    assert opened and [sock.fileno() for sock in opened] == [-1] * len(opened)

@@ -17,6 +17,7 @@ from daaswarm.core.signing import get_swarm_id
 from daaswarm.core.swarm_keys import SwarmKey
 from daaswarm.errors import BadProof, DaaswarmError, NotAllowed, WrongKey, WrongSwarm, WrongVersion
 from daaswarm.messages import Contact, Failure, Hello, Prove, Welcome
+from daaswarm.net import dataplane
 from daaswarm.net.dataplane import TcpNetwork, open_tcp_network
 from daaswarm.net.frames import FrameParser, encode_handshake
 from daaswarm.net.handshake import ClientHandshake, Identity, ServerHandshake
@@ -173,6 +174,25 @@ async def connect(one: TcpNetwork, two: TcpNetwork) -> type[DaaswarmError] | Non
     except DaaswarmError as error:
         return type(error)
     return None
+
+
+async def test_who_is_struck_off_while_it_proves_itself_does_not_come_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server may take its time with the last message, and the list change meanwhile."""
+    async with _open_two(make(1), make(2)) as (one, two):
+        real = dataplane.shake_hands
+
+        async def shake_hands(*arguments: Any) -> Any:
+            hands = await real(*arguments)
+            one.identity.allowed.replace([make(3).peer_id])
+            return hands
+
+        monkeypatch.setattr(dataplane, "shake_hands", shake_hands)
+        assert await connect(one, two) is NotAllowed
+        assert not one.connections
+        one.identity.allowed.replace([])
+        assert two.contact is not None and one.contact is not None
+        await connect(two, one)
+        assert not one.connections
 
 
 async def test_over_sockets() -> None:

@@ -53,6 +53,19 @@ async def test_a_peer_by_its_id(tmp_path: Path) -> None:
             await second.control("diagnose", {"peer": second.peer_id, "bootstrap": [], "timeout_s": 1.0}, Told())
 
 
+async def test_another_peer_at_its_address_does_not_count(tmp_path: Path) -> None:
+    told = Told()
+    async with node(tmp_path / "a") as first, node(tmp_path / "b") as second, node(tmp_path / "c") as third:
+        bare = first.addrs[0].partition("/p2p/")[0]
+        met = [Contact(peer_id=third.peer_id, addrs=["rubbish\x1b[2J", *first.addrs, bare])]
+        said = await second.diagnosing.diagnose(third.peer_id, [], 1.0, known=met, emit=told)
+        assert [target["step"] for target in said["targets"]] == ["name", "peer id", "peer id"]
+        assert said["verdict"] == "failed" and [event["event"] for event in told.events].count("target") == 3
+        met[0].addrs.append(third.addrs[0].partition("/p2p/")[0])
+        said = await second.diagnosing.diagnose(third.peer_id, [], 1.0, known=met, emit=told)
+        assert said["verdict"] == "ok" and said["targets"][-1]["peer_id"] == third.peer_id
+
+
 async def test_one_address_that_works_is_enough(tmp_path: Path) -> None:
     async with node(tmp_path / "a") as first, node(tmp_path / "b") as second:
         dead = f"/ip4/127.0.0.1/tcp/{get_free_port()}"

@@ -91,6 +91,12 @@ def test_a_file_of_peers_in_json_and_what_is_wrong_with_one(tmp_path: Path) -> N
         file.write_text(text)
         with pytest.raises(ConfigError):
             read_peers(file)
+    for name in ("memory", "bandwidth"):
+        sizes = {"memory": "2GB", "bandwidth": "1MB"} | {name: "-4GB"}
+        file.write_text(json.dumps({"peers": [{"name": "desk", "rtt_ms": 1, **sizes}]}))
+        with pytest.raises(ConfigError, match=f"--peers {file}: {name} of 'desk': '-4GB'") as caught:
+            read_peers(file)
+        assert caught.value.hint == "write it like 4GB or 512MiB"
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError):
         read_peers(file)

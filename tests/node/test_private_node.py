@@ -11,7 +11,7 @@ import trio
 from daaswarm.config import Config, NetworkConfig
 from daaswarm.core.swarm_keys import SwarmKey
 from daaswarm.errors import ConfigError, NotAllowed
-from daaswarm.node.life import open_asker, open_node
+from daaswarm.node.life import describe_binding, open_asker, open_node
 from daaswarm.store.data_dir import DataDir
 from daaswarm.store.swarm_keys import store_swarm_key
 
@@ -62,6 +62,17 @@ async def test_hosts_of_one_answer_are_on_no_list(tmp_path: Path) -> None:
     config = Config(network=network)
     async with open_asker(make_home(tmp_path), config, embedded=True, serve=False) as node:
         assert node.network.identity.allowed.peers == [] and node.network.identity.swarm_key == KEY
+
+
+async def test_what_to_do_next_names_the_swarm(tmp_path: Path) -> None:
+    async with open_node(make_home(tmp_path / "a"), CONFIG, listen=True, libp2p=False) as node:
+        line = describe_binding(CONFIG, node.network)[-1]
+        assert f" --swarm-id {KEY.swarm_id} --bootstrap {node.addrs[0]} " in line and "swarm add" in line
+    for swarm, option in (("work", " --swarm-id work "), ("main", " MODEL --bootstrap ")):
+        config = Config(network=NetworkConfig(swarm=swarm))
+        async with open_node(DataDir(tmp_path / swarm), config, listen=True, libp2p=False) as node:
+            line = describe_binding(config, node.network)[-1]
+            assert option in line and "swarm add" not in line
 
 
 async def _emit(event: dict[str, object]) -> None:

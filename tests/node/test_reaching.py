@@ -14,14 +14,14 @@ from daaswarm.cli.status import describe_reachability
 from daaswarm.config import Config, HostConfig, NetworkConfig
 from daaswarm.core.kademlia_events import LookupDone
 from daaswarm.core.routing_table import get_node_id
-from daaswarm.errors import Busy, DaaswarmError, RelayRefused, RemoteProtocolError, Unreachable
+from daaswarm.errors import Busy, ConnectionLost, DaaswarmError, RelayRefused, RemoteProtocolError, Unreachable
 from daaswarm.messages import CheckReach, Contact, Moved, Ping, Pong, Reached, Reserve
 from daaswarm.net.addresses import parse_address
 from daaswarm.net.circuits import is_circuit
 from daaswarm.net.dataplane import TcpNetwork
 from daaswarm.node.coordinator import SwarmCoordinator
 from daaswarm.node.life import open_node
-from daaswarm.node.reaching import ADDRESSES_S
+from daaswarm.node.reaching import ADDRESSES_S, LOST_S
 from daaswarm.store.data_dir import DataDir
 from daaswarm.types import ModelRoot, PeerId
 from tests.node.node_helpers import deploy
@@ -151,6 +151,45 @@ async def test_a_lost_relay_is_replaced_and_a_refusal_remembered(tmp_path: Path)
         assert not hidden.network.circuits.relays and hidden.network.circuits.is_dialable
 
 
+async def test_a_relay_that_comes_and_goes_is_not_announced_each_time(tmp_path: Path) -> None:
+    async with node(tmp_path / "a") as a, node(tmp_path / "hidden", a, refuses=True) as hidden:
+        await look(a, hidden)
+        told = 0
+        for _ in range(6):
+            before = hidden.addrs
+            for connection in a.network.connections:
+                connection.close(ConnectionLost("a whim"))
+            while hidden.network.is_connected(a.peer_id):
+                await trio.lowlevel.checkpoint()
+            for _ in range(2):
+                await look(hidden)
+                told += hidden.addrs != before
+                before = hidden.addrs
+        assert told == 1 and get_circuits(hidden) == []
+        hidden.reaching._refused[a.peer_id] = trio.current_time()  # a minute later
+        await look(hidden)
+        await look(hidden)
+        assert len(get_circuits(hidden)) == 1
+        for held in hidden.reaching._held.values():  # one that was held for long is asked again at once
+            held.since -= LOST_S
+        await a.network.disconnect(hidden.peer_id, "gone")
+        while hidden.network.is_connected(a.peer_id):
+            await trio.lowlevel.checkpoint()
+        await look(hidden)
+        await look(hidden)
+        assert len(get_circuits(hidden)) == 1
+
+
+async def test_what_the_local_network_says_of_a_peer_is_not_passed_on(tmp_path: Path) -> None:
+    async with node(tmp_path / "a") as a, node(tmp_path / "b", a) as b:
+        evil = "/ip4/192.0.2.66/tcp/666"
+        for addrs in ([evil], [evil, *b.addrs]):
+            await a.meet(Contact(peer_id=b.peer_id, addrs=addrs))
+            assert [contact.addrs for contact in a.discovery.kademlia._seeds] == [b.addrs]
+            a.discovery.kademlia._seeds.clear()
+            await a.network.disconnect(b.peer_id, "once more")
+
+
 async def test_reservations_are_renewed_and_kept_open(tmp_path: Path) -> None:
     async with node(tmp_path / "a") as a, node(tmp_path / "hidden", a, refuses=True) as hidden:
         await look(a, hidden)
@@ -165,6 +204,37 @@ async def test_reservations_are_renewed_and_kept_open(tmp_path: Path) -> None:
         renewed.renew_at = 0.0
         await look(hidden)
         assert get_circuits(hidden) == [] and not held.connection.is_kept
+
+
+async def test_a_relay_with_a_long_name_does_not_cut_a_node_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No peer reads a contact with an address beyond its limit: not in a handshake, a pointer or an advert."""
+    name = ".".join(["a" * 30] * 5) + ".example.net"
+    real = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest: real("127.0.0.1" if host == name else host, *rest))
+    async with node(tmp_path / "a") as a, node(tmp_path / "hidden", refuses=True) as hidden:
+        port = parse_address(a.addrs[0]).port
+        await hidden.bootstrap([f"/dns4/{name}/tcp/{port}/p2p/{a.peer_id}"])
+        await look(hidden)
+        assert get_circuits(hidden) == [f"{a.addrs[0]}/p2p-circuit/p2p/{hidden.peer_id}"]
+        async with node(tmp_path / "b", a) as b:
+            await ping(hidden, b)
+            await ping(b, hidden)
+
+
+@pytest.mark.parametrize("host", ["2001:db8::1%\x1b[2J", "::1%\n"])
+async def test_what_a_peer_calls_an_address_reaches_no_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    async with node(tmp_path / "a") as a, node(tmp_path / "b", a) as b:
+
+        async def lie(self: object, peer: PeerId, message: CheckReach) -> Reached:
+            return Reached(host=host, ports=message.ports)
+
+        monkeypatch.setattr("daaswarm.net.dialling_back.DialBack.answer", lie)
+        await look(b)
+        assert b.reaching.describe()["seen_at"] == []
 
 
 async def test_dialling_back_dials_nobody_else(tmp_path: Path) -> None:
