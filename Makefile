@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test check format bench parity fuzz soak kill-store sim sim-full clean answers bench-dht partition
+.PHONY: help demo test check format bench parity fuzz soak kill-store sim sim-full clean answers bench-dht bench-hivemind partition
 
 help:
 	@echo "make demo    set up, then ask a real model whose experts sit on three host processes"
@@ -19,6 +19,7 @@ help:
 	@echo "make fuzz    coverage-guided fuzzing of all that strangers' bytes reach (MINUTES=10 in all)"
 	@echo "make answers ten answers at once on one node, beside one after another"
 	@echo "make bench-dht  the DHT of 64 processes beside hivemind's (PEERS=64 ROUNDS=3); installs hivemind in .venv-hivemind"
+	@echo "make bench-hivemind  one expert, twenty on ten hosts and a host's footprint beside hivemind and the floor (ROUNDS=3)"
 	@echo "make partition  30 processes of which half stand still for five minutes (PEERS=30 MINUTES=5)"
 	@echo "make soak    a swarm under a nemesis (MINUTES=30 HOSTS=4 REQUESTERS=3 SEED=0)"
 	@echo "make sim     500 nodes in simulated time, 20 seconds; make sim-full 10,000 nodes, 20 minutes"
@@ -91,6 +92,10 @@ bench-dht: PEERS ?= 64
 bench-dht: ROUNDS ?= 3
 bench-dht: $(VENV)/run.stamp .venv-hivemind/stamp
 	$(BIN)/python -m benchmarks.dht_beside_hivemind --hivemind .venv-hivemind --peers $(PEERS) --rounds $(ROUNDS)
+
+bench-hivemind: ROUNDS ?= 3
+bench-hivemind: $(VENV)/dev.stamp .venv-hivemind/stamp
+	$(BIN)/python -m benchmarks.beside_hivemind --hivemind .venv-hivemind --rounds $(ROUNDS) --plot beside-hivemind.png
 
 partition: PEERS ?= 30
 partition: MINUTES ?= 5

@@ -42,6 +42,7 @@ class Peer(Child):
         super().__init__(process)
         self.peer_id = ""
         self.addrs: list[str] = []
+        self._unread = 0  # answers to what was asked so far
 
     async def join(self) -> None:
         """Wait until it is one of the swarm.
@@ -60,9 +61,13 @@ class Peer(Child):
         started = time.perf_counter()
         answer = None
         with trio.move_on_after(OPERATION_S):
+            self._unread += 1
             await self.process.stdin.send_all(line)
-            answer = await self.read()
-        return answer, time.perf_counter() - started
+            while self._unread:  # also those that came too late: they answer something else
+                answer = await self.read()
+                self._unread -= 1
+            return answer, time.perf_counter() - started
+        return None, time.perf_counter() - started
 
 
 async def serve(data_dir: DataDir, config: Config, pipe: trio.abc.ReceiveStream, emit: Emit) -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from daaswarm.bench.child import Child, start_process
 from daaswarm.config import Config
-from daaswarm.errors import DaaswarmError
+from daaswarm.errors import Busy, DaaswarmError
 from daaswarm.experts.service import HostedModel
 from daaswarm.inference.swarm_experts import as_bytes
 from daaswarm.messages import ExpertCall
@@ -49,9 +49,9 @@ class NopLayer:
 class FfnLayer(NopLayer):
     """dim → 4 dim → dim with a GELU between, random weights (the feed-forward net that hivemind measures with)."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, seed: int = 0) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         self._up = torch.randn(FFN_RATIO * dim, dim, generator=generator) / dim**0.5
         self._down = torch.randn(dim, FFN_RATIO * dim, generator=generator) / dim**0.5
         self.nbytes = self._up.nbytes + self._down.nbytes
@@ -88,16 +88,23 @@ async def run_expert_calls(
             call = ExpertCall(model_root=ROOT, layer=0, experts=[0], dtype="f32", rows=batch, hidden=dim)
             body = [as_bytes(rows)]
             latencies: list[float] = []
+            busy = 0
 
             async def caller(until: float, kept: list[float]) -> None:
+                nonlocal busy
                 while (started := time.perf_counter()) < until:
-                    await node.network.call(contact, call, body, deadline_s=CALL_S)
-                    kept.append(time.perf_counter() - started)
+                    try:
+                        await node.network.call(contact, call, body, deadline_s=CALL_S)
+                    except Busy as error:  # its queue is longer than the deadline allows
+                        busy += 1
+                        await trio.sleep(min(error.retry_after_s, max(until - time.perf_counter(), 0.0)))
+                    else:
+                        kept.append(time.perf_counter() - started)
 
             async with trio.open_nursery() as nursery:  # warm up: connections, caches, the host's allocator
                 for _ in range(callers):
                     nursery.start_soon(caller, time.perf_counter() + min(1.0, seconds / 4), [])
-            started = time.perf_counter()
+            busy, started = 0, time.perf_counter()
             async with trio.open_nursery() as nursery:
                 for _ in range(callers):
                     nursery.start_soon(caller, started + seconds, latencies)
@@ -116,6 +123,7 @@ async def run_expert_calls(
         "callers": callers,
         "seconds": round(elapsed, 3),
         "calls": len(latencies),
+        "busy": busy,
         "calls_per_s": round(len(latencies) / elapsed, 1),
         "rows_per_s": round(len(latencies) * batch / elapsed, 1),
         "p50_ms": round(statistics.median(latencies) * 1000, 4),

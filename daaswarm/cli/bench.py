@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -12,11 +13,12 @@ from typing import Annotated, Any
 import trio
 import typer
 
+from daaswarm.cli.bench_moe import moe, serve_moe
 from daaswarm.cli.bench_sim import simulate
 from daaswarm.cli.host_expert import complete_models
 from daaswarm.cli.options import BootstrapOption, DataDirOption, JsonOption, open_data_dir, read_config
 from daaswarm.cli.output import Output
-from daaswarm.cli.run import run_async, show
+from daaswarm.cli.run import run_async, run_to_end, show
 from daaswarm.errors import ConfigError
 from daaswarm.limits import CALL_BODY_BYTES
 from daaswarm.models.sources import DEFAULT_MODEL
@@ -27,6 +29,8 @@ FFN_DIM = 8_192  # the benchmark's weights take 2 GiB
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine and this program.")
 app.command("sim")(simulate)
+app.command("moe")(moe)
+app.command("serve-moe", hidden=True)(serve_moe)
 
 
 @app.command("parity")
@@ -126,11 +130,17 @@ def dht(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Which peers do what, and who dies.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Store and get over real sockets, before and after a part of the peers is killed.
+    """Store and get over real sockets, before and after a part of the peers is killed. Takes over a minute: the
+    last figures are of a minute after that.
 
     Example: daaswarm bench dht --peers 64 --json
     """
     output = Output(as_json=as_json)
+    if round(kill * peers) > peers - 2:
+        raise ConfigError(
+            f"--kill {kill:g} of --peers {peers} leaves too few: at least two have to live",
+            hint=f"--kill {math.floor(100 * (peers - 2) / peers) / 100:g} is the most",
+        )
 
     async def run(folder: DataDir, config: Any) -> dict[str, Any]:
         from daaswarm.bench.dht import run_dht
@@ -173,14 +183,11 @@ def _measure(run: Any, data_dir: Path | None, output: Output) -> None:
         async def command() -> None:
             result.update(await run(own, config))
 
-        code = run_async(command, config)
-    if result:
-        output.end_progress()
-        if output.as_json:
-            output.json(result)
-        else:
-            output.rows((name, f"{value}") for name, value in _flatten(result))
-    raise typer.Exit(code)
+        run_to_end(command, config, output)
+    if output.as_json:
+        output.json(result)
+    else:
+        output.rows((name, f"{value}") for name, value in _flatten(result))
 
 
 def _flatten(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -11,8 +11,9 @@ import typer
 
 from daaswarm.cli.options import JsonOption
 from daaswarm.cli.output import Output
-from daaswarm.cli.run import run_async
+from daaswarm.cli.run import run_to_end
 from daaswarm.config import Config
+from daaswarm.sim.scenario import NODES, USERS
 
 MEANINGS = {
     "lookup_success": "lookups of an expert that found a live host of it",
@@ -30,10 +31,12 @@ class _Stopped(Exception):
 
 def simulate(
     scenario: Annotated[Path | None, typer.Argument(help="TOML file; docs/how-to/simulate-a-swarm.md")] = None,
-    nodes: Annotated[int | None, typer.Option("--nodes", min=2, help="How many nodes.")] = None,
-    experts: Annotated[int | None, typer.Option("--experts", min=1, help="Spread evenly over the nodes.")] = None,
-    users: Annotated[int | None, typer.Option("--users", min=0, help="Each calls once a minute.")] = None,
-    minutes: Annotated[float | None, typer.Option("--minutes", min=0.01, help="Simulated time.")] = None,
+    nodes: Annotated[int | None, typer.Option("--nodes", min=2, max=NODES, help="How many nodes.")] = None,
+    experts: Annotated[
+        int | None, typer.Option("--experts", min=1, max=NODES, help="Spread evenly over the nodes.")
+    ] = None,
+    users: Annotated[int | None, typer.Option("--users", min=0, max=USERS, help="Each calls once a minute.")] = None,
+    minutes: Annotated[float | None, typer.Option("--minutes", min=0.01, max=1_440, help="Simulated time.")] = None,
     churn: Annotated[float | None, typer.Option("--churn", min=0, help="Share of the nodes replaced.")] = None,
     hostile: Annotated[float | None, typer.Option("--hostile", min=0, max=0.9, help="Share that lies.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="The same seed, the same result.")] = None,
@@ -91,14 +94,11 @@ def simulate(
         finally:
             stop.set()
 
-    code = run_async(command, Config())
-    output.end_progress()
-    if code == 0:
-        if as_json:
-            output.json(result)
-        else:
-            _show(output, result)
-    raise typer.Exit(code)
+    run_to_end(command, Config(), output)
+    if as_json:
+        output.json(result)
+    else:
+        _show(output, result)
 
 
 def _show(output: Output, result: dict[str, Any]) -> None:

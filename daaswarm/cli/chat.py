@@ -8,7 +8,6 @@ import shlex
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import trio
@@ -20,6 +19,7 @@ from daaswarm.cli.run import attach, is_node_running, show
 from daaswarm.config import Config
 from daaswarm.errors import ConfigError, DaaswarmError, Interrupted, unwrap_groups
 from daaswarm.store.data_dir import DataDir
+from daaswarm.systems import expand_user
 from daaswarm.types import format_bytes
 
 # A method of a node, by name: see SwarmCoordinator.control.
@@ -236,7 +236,7 @@ class Chat:
         """
         if not name:
             raise ConfigError("/save needs a file", hint="write it like /save talk.json, or talk.md")
-        path = Path(shlex.split(name)[0] if name[0] in "'\"" else name).expanduser()
+        path = expand_user(shlex.split(name)[0] if name[0] in "'\"" else name)
         if path.suffix == ".json":
             content = json.dumps(self.history, ensure_ascii=False, indent=2) + "\n"
         else:

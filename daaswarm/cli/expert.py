@@ -13,9 +13,9 @@ from daaswarm.cli.complete import complete_peers
 from daaswarm.cli.host_expert import complete_models, locate_model
 from daaswarm.cli.options import BootstrapOption, DataDirOption, JsonOption, open_data_dir, read_config
 from daaswarm.cli.output import Output
-from daaswarm.cli.run import attach, is_node_running, run_async, show
+from daaswarm.cli.run import attach, is_node_running, run_to_end, show
 from daaswarm.config import Config
-from daaswarm.errors import EXIT_FAILED, EXIT_OK, ConfigError, StorageError
+from daaswarm.errors import EXIT_FAILED, ConfigError, StorageError
 from daaswarm.store.data_dir import DataDir
 from daaswarm.types import DTYPES, format_bytes, format_range, parse_bytes, parse_range
 
@@ -79,9 +79,7 @@ def list_experts(
         params = {"model": wanted, "tag": tag, "bootstrap": bootstrap or []}
         found.update(await ask_swarm(folder, config, "available", params, output))
 
-    code = run_async(run, config)
-    if code != EXIT_OK:
-        raise typer.Exit(code)
+    run_to_end(run, config, output)
     if not available and not found:
         found = read_deployments(folder)
     if as_json:
@@ -199,9 +197,7 @@ def verify(
     async def run() -> None:
         found.update(await ask_swarm(folder, config, "verify", params, output))
 
-    code = run_async(run, config)
-    if code != EXIT_OK:
-        raise typer.Exit(code)
+    run_to_end(run, config, output)
     output.json(found)
     if not as_json:
         rows = [
@@ -256,9 +252,7 @@ def ask_node(folder: DataDir, method: str, params: dict[str, Any], output: Outpu
     async def run() -> None:
         found.update(await attach(folder, method, params, partial(_show, output)))
 
-    code = run_async(run, read_config(folder))
-    if code != EXIT_OK:
-        raise typer.Exit(code)
+    run_to_end(run, read_config(folder), output)
     return found
 
 

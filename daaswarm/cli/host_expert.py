@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -33,6 +32,7 @@ from daaswarm.cli.output import Output
 from daaswarm.cli.run import attach, is_node_running, refuse_attached, run_async, show
 from daaswarm.cli.streams import never_wait_for_readers
 from daaswarm.errors import ConfigError
+from daaswarm.systems import expand_user
 from daaswarm.types import DTYPES, parse_bytes, parse_range
 
 
@@ -50,7 +50,7 @@ def locate_model(name: str) -> str:
 
     if name.lower() in (DEFAULT_MODEL, "default"):
         return name
-    path = Path(name).expanduser()
+    path = expand_user(name)
     return str(path.absolute()) if path.exists() else name
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 
 from daaswarm.cli.config import check_value
 from daaswarm.cli.host_expert import complete_models, locate_model
-from daaswarm.cli.options import DataDirOption, JsonOption, open_data_dir, read_config
+from daaswarm.cli.options import DataDirOption, JsonOption, name_folder, open_data_dir, read_config
 from daaswarm.cli.output import Output
 from daaswarm.config import convert, get_default_data_dir, set_value
 from daaswarm.errors import ConfigError, Interrupted
@@ -58,7 +57,7 @@ def init(
     output.result(f"peer id   {peer_id}")
     output.result(f"folder    {folder.path}")
     output.result(f"settings  {folder.config_path}")
-    option = "" if folder.path == get_default_data_dir() else f" --data-dir {shlex.quote(str(folder.path))}"
+    option = name_folder(folder)
     output.message(f"next: daaswarm join{option}")
     output.message(f'or:   daaswarm infer "What is the capital of France?"{option}')
 

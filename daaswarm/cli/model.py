@@ -18,12 +18,13 @@ from daaswarm.cli.expert import ask_swarm
 from daaswarm.cli.host_expert import complete_models, locate_model
 from daaswarm.cli.options import BootstrapOption, DataDirOption, JsonOption, open_data_dir, read_config
 from daaswarm.cli.output import Output
-from daaswarm.cli.run import attach, is_node_running, run_async, show
+from daaswarm.cli.run import attach, is_node_running, run_to_end, show
 from daaswarm.config import Config, get_cache_dir
-from daaswarm.errors import EXIT_FAILED, EXIT_OK, ConfigError, ModelError, StorageError
+from daaswarm.errors import EXIT_FAILED, ConfigError, ModelError, StorageError
 from daaswarm.models.library import Kept, forget_folder, list_kept, locate_folder
 from daaswarm.models.sources import DEFAULT_MODEL, LocalModel, find_model
 from daaswarm.store.data_dir import DataDir
+from daaswarm.systems import expand_user
 from daaswarm.types import DTYPES, Dtype, format_bytes, parse_bytes
 
 ROOT = re.compile(r"[0-9a-f]{64}")
@@ -142,8 +143,7 @@ def pull(
             params = {"root": source, "bootstrap": bootstrap or []}
             found.update(await ask_swarm(folder, config, "pull", params, output))
 
-        finish(run_async(run, config))
-        output.end_progress()
+        run_to_end(run, config, output)
         output.json(found)
         output.result(f"{found['model']}  {found['folder']}")
         return
@@ -206,21 +206,15 @@ def work(task: Callable[[Any], T], config: Config, output: Output) -> T:
         progress = make_progress(partial(_show, output))
         results.append(await trio.to_thread.run_sync(task, progress, abandon_on_cancel=True))
 
-    finish(run_async(run, config))
-    output.end_progress()
+    run_to_end(run, config, output)
     return results[0]
-
-
-def finish(code: int) -> None:
-    if code != EXIT_OK:
-        raise typer.Exit(code)
 
 
 def show_prepared(source: str, task: Callable[[Any], LocalModel], config: Config, output: Output) -> None:
     """Run what gets a model ready, and say what came of it."""
     from daaswarm.models.library import describe_kept
 
-    path = Path(source).expanduser()
+    path = expand_user(source)
     types: dict[str, int] = {}
     if path.suffix.lower() == ".gguf" and path.is_file():
         from daaswarm.models.gguf_header import count_types
@@ -265,7 +259,7 @@ def check_not_served(kept: Kept, folder: DataDir, output: Output) -> None:
     async def run() -> None:
         found.update(await attach(folder, "experts", {}, partial(_show, output)))
 
-    finish(run_async(run, read_config(folder)))
+    run_to_end(run, read_config(folder), output)
     if kept.root and any(model["root"] == kept.root for model in found["hosted"]):
         raise ConfigError(
             f"the node that runs on {folder.path} serves {kept.name}",

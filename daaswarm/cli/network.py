@@ -17,8 +17,8 @@ from daaswarm.cli.options import (
     read_config,
 )
 from daaswarm.cli.output import WAITING, Output, clean
-from daaswarm.cli.run import attach, is_node_running, refuse_attached, run_async
-from daaswarm.errors import EXIT_FAILED, EXIT_OK, ConfigError
+from daaswarm.cli.run import attach, is_node_running, refuse_attached, run_to_end
+from daaswarm.errors import EXIT_FAILED, ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="Reaching others, and being reached.")
 
@@ -74,12 +74,12 @@ def diagnose(
         async with open_node(folder, config, listen=False, libp2p=False) as node:
             found.update(await node.control("diagnose", params, emit))
 
-    code = run_async(run, config)
-    if found:
-        output.json(found)
-        if not as_json:
-            conclude(found, output)
-    raise typer.Exit(code if code != EXIT_OK or found["verdict"] != "failed" else EXIT_FAILED)
+    run_to_end(run, config, output)
+    output.json(found)
+    if not as_json:
+        conclude(found, output)
+    if found["verdict"] == "failed":
+        raise typer.Exit(EXIT_FAILED)
 
 
 def show(event: dict[str, Any], output: Output) -> None:
@@ -98,7 +98,6 @@ def show(event: dict[str, Any], output: Output) -> None:
 
 def conclude(found: dict[str, Any], output: Output) -> None:
     """The last lines, on standard error: which step it is, of whom."""
-    output.end_progress()
     targets = found["targets"]
     if "own" in found and not targets:
         output.message("no bootstrap address is configured or given, so nobody else was examined")

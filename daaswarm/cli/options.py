@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ from daaswarm.config import ENV_SWARM_KEY, Config, get_default_data_dir, load_co
 from daaswarm.core.swarm_keys import MAX_TEXT, parse_swarm_key
 from daaswarm.errors import ConfigError
 from daaswarm.store.data_dir import DataDir
+from daaswarm.systems import expand_user
 
 DataDirOption = Annotated[
     Path | None,
@@ -57,10 +59,15 @@ def open_data_dir(path: Path | None) -> DataDir:
     Raises:
         ConfigError: it is something else than a folder.
     """
-    folder = (path or get_default_data_dir()).expanduser()
+    folder = expand_user(path or get_default_data_dir())
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder", hint="choose another with --data-dir")
     return DataDir(folder)
+
+
+def name_folder(data_dir: DataDir) -> str:
+    """What a command that is proposed needs to find this folder: ``" --data-dir …"``, or nothing for the default."""
+    return "" if data_dir.path == get_default_data_dir() else f" --data-dir {shlex.quote(str(data_dir.path))}"
 
 
 def read_config(

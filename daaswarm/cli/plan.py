@@ -23,8 +23,8 @@ from daaswarm.cli.options import (
     read_config,
 )
 from daaswarm.cli.output import Output
-from daaswarm.cli.run import attach, is_node_running, refuse_attached, run_async, show
-from daaswarm.errors import EXIT_OK, ConfigError
+from daaswarm.cli.run import attach, is_node_running, refuse_attached, run_to_end, show
+from daaswarm.errors import ConfigError
 from daaswarm.types import DTYPES, format_bytes, parse_bytes
 
 PROMPT_TOKENS = 128
@@ -107,10 +107,7 @@ def plan(
         async with open_node(folder, config, listen=False, libp2p=False) as node:
             found.update(await node.control("plan", {**params, "bootstrap": swarm}, emit))
 
-    code = run_async(run, config)
-    output.end_progress()
-    if code != EXIT_OK:
-        raise typer.Exit(code)
+    run_to_end(run, config, output)
     output.json(found)
     if not as_json:
         render(found, output)
@@ -139,13 +136,20 @@ def read_peers(path: Path) -> list[dict[str, Any]]:
     return [
         {
             "name": peer.name,
-            "memory_bytes": parse_bytes(peer.memory, option="memory"),
+            "memory_bytes": _read_amount(path, peer, "memory"),
             "rtt_ms": peer.rtt_ms,
-            "bytes_per_s": parse_bytes(peer.bandwidth, option="bandwidth") if peer.bandwidth else None,
+            "bytes_per_s": _read_amount(path, peer, "bandwidth") if peer.bandwidth else None,
             "speed": peer.speed,
         }
         for peer in described.peers
     ]
+
+
+def _read_amount(path: Path, peer: PeerFile, name: str) -> int:
+    try:
+        return parse_bytes(getattr(peer, name), option=f"{name} of {peer.name!r}:")
+    except ConfigError as error:
+        raise ConfigError(f"--peers {path}: {error.message}", hint="write it like 4GB or 512MiB") from error
 
 
 def render(found: dict[str, Any], output: Output) -> None:

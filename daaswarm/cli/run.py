@@ -19,7 +19,7 @@ from daaswarm.cli.output import Output
 from daaswarm.cli.progress import BARS
 from daaswarm.cli.streams import finish_writing
 from daaswarm.config import Config
-from daaswarm.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, unwrap_groups
+from daaswarm.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, Interrupted, unwrap_groups
 from daaswarm.store.data_dir import DataDir
 
 CLEAN_UP_S = 20.0  # a layer that computes, hosts that leave, a large file that is being read
@@ -93,6 +93,19 @@ def run_async(
             for number, handler in before.items():
                 signal.signal(number, handler)
     return get_code()
+
+
+def run_to_end(command: Command, config: Config, output: Output) -> None:
+    """:func:`run_async` for a command that has a result: told to stop, by whichever signal, it has none.
+
+    Raises:
+        Interrupted: it was told to stop.
+    """
+    interrupted = Interrupted("the command was interrupted")
+    code = run_async(command, config, give_up=lambda: output.error(interrupted), told=EXIT_INTERRUPTED)
+    output.end_progress()
+    if code != EXIT_OK:
+        raise interrupted
 
 
 async def attach(data_dir: DataDir, method: str, params: dict[str, Any], emit: Emit) -> dict[str, Any]:

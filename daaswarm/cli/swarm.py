@@ -10,13 +10,13 @@ import trio
 import typer
 
 from daaswarm.cli.complete import complete_peers, complete_swarms
-from daaswarm.cli.options import DataDirOption, JsonOption, open_data_dir, read_config
+from daaswarm.cli.options import DataDirOption, JsonOption, name_folder, open_data_dir, read_config
 from daaswarm.cli.output import Output
 from daaswarm.cli.run import attach, is_node_running
 from daaswarm.config import set_value
 from daaswarm.core.allow_list import check_allowed
-from daaswarm.core.swarm_keys import MAX_TEXT, SwarmKey, parse_swarm_key
-from daaswarm.errors import ConfigError
+from daaswarm.core.swarm_keys import MAX_TEXT, TEXT_PREFIX, SwarmKey, parse_swarm_key
+from daaswarm.errors import ConfigError, DaaswarmError
 from daaswarm.store.data_dir import DataDir
 from daaswarm.store.swarm_keys import (
     create_swarm_key,
@@ -50,9 +50,9 @@ def create(
     output.json({"swarm_id": key.swarm_id, "name": key.name, "key_file": str(path)})
     output.result(key.swarm_id)
     output.message(f"its key: {path}. Whoever has it is in, so hand it over as you would a password.")
-    output.message(f"join here:   daaswarm join --swarm-id {key.swarm_id}")
+    output.message(f"join here:   daaswarm join --swarm-id {key.swarm_id}{name_folder(folder)}")
     output.message("elsewhere:   daaswarm swarm add FILE, with a copy of that file; then join in the same way")
-    output.message(f"for good:    daaswarm config set network.swarm {key.swarm_id}")
+    output.message(f"for good:    daaswarm config set network.swarm {key.swarm_id}{name_folder(folder)}")
 
 
 @app.command()
@@ -67,14 +67,19 @@ def add(
     """
     output = Output(as_json=as_json)
     folder = open_data_dir(data_dir)
+    if file.strip().lower().startswith(f"{TEXT_PREFIX}:"):  # it must not be repeated, in a log for example
+        raise ConfigError(
+            "this is a key, not the file of one, and every user of this machine can list arguments",
+            hint="pass it on standard input: daaswarm swarm add -",
+        )
     if file == "-":
         key = parse_swarm_key(sys.stdin.readline(MAX_TEXT + 1), source="standard input")
     else:
-        key = read_key_file(Path(file).expanduser())
+        key = read_key_file(Path(file))
     path = store_swarm_key(folder, key)
     output.json({"swarm_id": key.swarm_id, "name": key.name, "key_file": str(path)})
     output.result(key.swarm_id)
-    output.message(f"join: daaswarm join --swarm-id {key.swarm_id}")
+    output.message(f"join: daaswarm join --swarm-id {key.swarm_id}{name_folder(folder)}")
 
 
 @app.command("list")
@@ -108,21 +113,22 @@ def show(
     data_dir: DataDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the swarm that this node's settings name, or another whose key is here.
+    """Show the swarm of the node that runs here, or else the one that the settings name; or another whose key is here.
 
     Example: daaswarm swarm show --key | ssh HOST daaswarm swarm add -
     """
     output = Output(as_json=as_json)
     folder = open_data_dir(data_dir)
     config = read_config(folder)
-    key = load_swarm_key(folder, config) if swarm_id is None else find_key(folder, swarm_id)
+    if swarm_id is None and is_node_running(folder):  # perhaps in another than the settings name: join --swarm-id
+        swarm = trio.run(attach, folder, "status", {}, _ignore)["swarm"]
+        key = find_key(folder, swarm["id"]) if with_key and swarm["private"] else None
+    else:
+        key = load_swarm_key(folder, config) if swarm_id is None else find_key(folder, swarm_id)
+        swarm = {"id": config.network.swarm if key is None else key.swarm_id, "private": key is not None}
     if with_key and key is None:
-        raise ConfigError(f"{config.network.swarm} has no key: anybody may join it", hint="see daaswarm swarm list")
-    found: dict[str, Any] = {
-        "swarm_id": config.network.swarm if key is None else key.swarm_id,
-        "private": key is not None,
-        "allow": config.network.allow,
-    }
+        raise ConfigError(f"{swarm['id']} has no key: anybody may join it", hint="see daaswarm swarm list")
+    found: dict[str, Any] = {"swarm_id": swarm["id"], "private": swarm["private"], "allow": config.network.allow}
     if with_key and key is not None:
         found["key"] = key.text
     if as_json:
@@ -130,7 +136,7 @@ def show(
     elif with_key:
         output.result(found["key"])
     else:
-        rows = [("swarm", found["swarm_id"]), ("who may join", "who has the key" if key is not None else "anybody")]
+        rows = [("swarm", found["swarm_id"]), ("who may join", "who has the key" if found["private"] else "anybody")]
         if swarm_id is None:
             rows += [("allowed", peer) for peer in found["allow"]] or [("allowed", "all of them")]
         output.rows(rows)
@@ -203,7 +209,13 @@ def change_allowed(folder: DataDir, peers: list[str], output: Output) -> None:
     set_value(folder.config_path, "network.allow", ",".join(peers))
     closed: list[str] | None = None
     if is_node_running(folder):
-        closed = trio.run(attach, folder, "allow", {"peers": peers}, _ignore)["closed"]
+        try:
+            closed = trio.run(attach, folder, "allow", {"peers": peers}, _ignore)["closed"]
+        except DaaswarmError:
+            output.message(
+                "the list is written, but the node that runs doesn't know it yet: it will from its next start on"
+            )
+            raise
     output.json({"allow": peers, "running": closed is not None, "closed": closed or []})
     for peer in peers:
         output.result(peer)

@@ -25,7 +25,7 @@ PROOF_BYTES = 32
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _ID = re.compile(rf"(?P<name>{_NAME.pattern})@[a-z2-7]{{16}}")
-_TEXT_HINT = "it is one line, daaswarm-key:NAME:…, as daaswarm swarm create printed it; copy it again"
+_TEXT_HINT = "it is one line, daaswarm-key:NAME:…, as daaswarm swarm show --key prints it; copy it again"
 
 
 @dataclass(frozen=True)

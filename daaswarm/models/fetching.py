@@ -19,6 +19,7 @@ from daaswarm.models.manifest_file import MANIFEST_NAME, save_manifest
 from daaswarm.models.parts import fill_hashes
 from daaswarm.models.refusals import first_line
 from daaswarm.models.sources import LocalModel, find_model, list_models, open_folder
+from daaswarm.systems import expand_user
 
 HUB = "hf:"
 POLL_S = 0.3  # between looks at how much of a download is there
@@ -48,7 +49,7 @@ def fetch_model(source: str, cache: Path, progress: Progress, *, link: bool = Fa
     """
     if source.startswith(HUB):
         return fetch_from_hub(parse_hub_name(source), cache, progress)
-    folder = Path(source).expanduser()
+    folder = expand_user(source)
     if folder.is_dir():
         return copy_folder(folder.resolve(), cache, progress, link=link)
     return find_model(source, cache, progress)

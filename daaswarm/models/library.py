@@ -14,6 +14,7 @@ from daaswarm.models.checkpoint import ITEM_BYTES
 from daaswarm.models.manifest import Manifest, Progress
 from daaswarm.models.manifest_file import MANIFEST_NAME, load_manifest
 from daaswarm.models.sources import DEFAULT_MODEL, find_known
+from daaswarm.systems import expand_user
 
 
 class Kept(NamedTuple):
@@ -73,7 +74,7 @@ def locate_folder(name_or_path: str, cache: Path, progress: Progress) -> Path:
     Raises:
         ModelError: there is none on this machine.
     """
-    path = Path(name_or_path).expanduser()
+    path = expand_user(name_or_path)
     if name_or_path.lower() in (DEFAULT_MODEL, "default"):
         path = cache / "models" / DEFAULT_MODEL
         if not path.is_dir():

@@ -19,6 +19,7 @@ from daaswarm.models.files import hash_files
 from daaswarm.models.manifest import VERSION, Manifest, OutdatedManifest, Progress, get_root, parse_manifest
 from daaswarm.models.manifest_file import MANIFEST_NAME, check_against, load_manifest, save_manifest
 from daaswarm.models.parts import fill_hashes
+from daaswarm.systems import expand_user
 from daaswarm.types import DTYPE_BYTES, Dtype, ModelRoot
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -103,7 +104,7 @@ def find_model(name_or_path: str, cache: Path, progress: Progress = ignore_progr
         model = open_folder(prepare_default(cache, progress), cache, progress, name=DEFAULT_MODEL)
         check_root(model.folder, model.root)
         return model
-    path = Path(name_or_path).expanduser()
+    path = expand_user(name_or_path)
     if path.is_dir():
         return open_folder(path.resolve(), cache, progress)
     if path.is_file() and path.suffix.lower() == ".gguf":

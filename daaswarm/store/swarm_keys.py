@@ -14,7 +14,7 @@ from daaswarm.config import ENV_SWARM_KEY, Config, NetworkConfig
 from daaswarm.core.swarm_keys import KEY_BYTES, MAX_TEXT, SwarmKey, is_private_id, parse_swarm_key
 from daaswarm.errors import ConfigError
 from daaswarm.store.data_dir import DataDir
-from daaswarm.systems import create_private, sync
+from daaswarm.systems import create_private, expand_user, sync
 
 SUFFIX = ".swarm-key"
 PUBLIC = NetworkConfig().swarm  # whose name no private swarm may have: whoever means one would be in the other
@@ -32,7 +32,7 @@ def load_swarm_key(data_dir: DataDir, config: Config, environ: Mapping[str, str]
     swarm = config.network.swarm
     text = (os.environ if environ is None else environ).get(ENV_SWARM_KEY, "")
     if config.network.swarm_key_file:
-        key = read_key_file(Path(config.network.swarm_key_file).expanduser())
+        key = read_key_file(Path(config.network.swarm_key_file))
     elif text:
         key = parse_swarm_key(text, source=f"the environment variable {ENV_SWARM_KEY}")
     elif is_private_id(swarm):
@@ -85,9 +85,14 @@ def get_stored(data_dir: DataDir, swarm_id: str) -> SwarmKey | None:
     path = get_key_path(data_dir, swarm_id)
     if not path.exists():
         return None
-    key = read_key_file(path)
+    text = _read(path)
+    hint = f"daaswarm swarm remove {swarm_id} --yes, then daaswarm swarm add with the right one"
+    try:
+        key = parse_swarm_key(text, source=str(path))
+    except ConfigError as error:
+        raise ConfigError(error.message, hint=hint) from error
     if key.swarm_id != swarm_id:
-        raise ConfigError(f"{path} holds the key of {key.swarm_id}", hint="move it away, and add the right one")
+        raise ConfigError(f"{path} holds the key of {key.swarm_id}", hint=hint)
     return key
 
 
@@ -130,15 +135,24 @@ def store_swarm_key(data_dir: DataDir, key: SwarmKey) -> Path:
 
 
 def read_key_file(path: Path) -> SwarmKey:
-    """Raises:
+    """``~`` in ``path`` is the user's home.
+
+    Raises:
     ConfigError: unreadable, readable by others, or not a key.
     """
+    return parse_swarm_key(_read(path), source=str(path))
+
+
+def _read(path: Path) -> str:
     try:
+        path = expand_user(path)
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
             content = file.read(MAX_TEXT + 2)
     except OSError as error:
         raise ConfigError(f"the swarm key {path} can't be read: {error.strerror}", hint="check the path") from error
+    except ValueError as error:  # a NUL
+        raise ConfigError(f"{str(path)!r} is no path: {error}", hint="check the path") from error
     if os.name == "posix" and stat.S_ISREG(status.st_mode) and status.st_mode & 0o077:
         raise ConfigError(f"the swarm key {path} is readable by others", hint=f"run chmod 600 {path}")
-    return parse_swarm_key(content.decode("ascii", "replace"), source=str(path))
+    return content.decode("ascii", "replace")

@@ -32,7 +32,6 @@ def home(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data directory and a cache that are not the user's; the current folder is an empty one."""
     monkeypatch.setenv("DAASWARM_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("DAASWARM_CACHE", str(cache))
-    monkeypatch.setenv("DAASWARM_NETWORK_LIBP2P", "false")  # py-libp2p leaks a socket when its start is cut short
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "home"
@@ -74,6 +73,11 @@ def copy(moe: Path, dense: Path, cache: Path, tmp_path: Path) -> Callable[..., P
 # -- models -------------------------------------------------------------------------------------------------------
 
 BOTH = [["host-expert"], ["infer", "Hi", "--model"]]
+
+
+@pytest.mark.parametrize("command", [*BOTH, ["model", "pull"], ["plan"]])
+def test_a_path_in_the_home_of_nobody(refused: Callable[..., Said], command: list[str]) -> None:
+    assert "~nobody-at-all/model is not a known model" in refused(*command, "~nobody-at-all/model").message
 
 
 @pytest.mark.parametrize("command", BOTH)

@@ -13,11 +13,12 @@ import pytest
 import trio
 
 from daaswarm.api.control import Emit, serve_control
+from daaswarm.cli import swarm as swarm_command
 from daaswarm.cli.app import run
 from daaswarm.config import ENV_SWARM_KEY, Config, NetworkConfig, load_config
 from daaswarm.core.signing import get_peer_id, get_swarm_id
 from daaswarm.core.swarm_keys import SwarmKey
-from daaswarm.errors import ConfigError
+from daaswarm.errors import ConfigError, DeadlineExceeded
 from daaswarm.node.identity import load_identity
 from daaswarm.store.data_dir import DataDir
 from daaswarm.store.swarm_keys import list_stored, load_swarm_key, read_key_file, store_swarm_key
@@ -186,3 +187,73 @@ def test_a_reset_leaves_keys_alone(home: DataDir) -> None:
     (home.path / ".swarm-0123abcd").write_text("x")
     assert run(["reset", "--yes"]) == 0 and path.exists() and not (home.path / ".swarm-0123abcd").exists()
     assert run(["reset", "--yes", "--all"]) == 0 and not path.exists()
+
+
+async def test_show_asks_the_running_node(home: DataDir, capsys: pytest.CaptureFixture[str]) -> None:
+    """It may be in a swarm that the settings don't name, and errors say to compare what this shows."""
+
+    async def handle(method: str, params: dict[str, Any], emit: Emit) -> dict[str, Any]:
+        assert method == "status"
+        return {"swarm": {"id": KEY.swarm_id, "private": True}}
+
+    async def show(*options: str, code: int = 0) -> str:
+        assert await trio.to_thread.run_sync(run, ["swarm", "show", *options]) == code
+        out, err = capsys.readouterr()
+        return out if code == 0 else err
+
+    home.create()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_control, home.socket_path, handle)
+        shown = await show()
+        assert KEY.swarm_id in shown and "who has the key" in shown
+        assert json.loads(await show("--json")) == {"swarm_id": KEY.swarm_id, "private": True, "allow": []}
+        assert f"the key of {KEY.swarm_id} is not here" in await show("--key", code=2)  # it came from --swarm-key FILE
+        store_swarm_key(home, KEY)
+        assert (await show("--key")).strip() == KEY.text
+        nursery.cancel_scope.cancel()
+
+
+def test_a_key_in_place_of_its_file_is_not_repeated(ask: Callable[..., Any]) -> None:
+    error = ask("swarm", "add", f" {KEY.text}", code=2)["error"]
+    assert KEY.text.rpartition(":")[2] not in str(error) and "swarm add -" in error["hint"]
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-that-name/key", "a\0b"])
+def test_a_path_that_is_none(ask: Callable[..., Any], home: DataDir, path: str) -> None:
+    assert "is no path" in ask("swarm", "add", path, code=2)["error"]["message"]
+    with pytest.raises(ConfigError, match="is no path"):
+        load_swarm_key(home, configure(swarm_key_file=path), {})
+
+
+def test_a_kept_key_that_was_damaged_can_be_replaced(ask: Callable[..., Any], home: DataDir, tmp_path: Path) -> None:
+    path = store_swarm_key(home, KEY)
+    file = write(tmp_path / "key", KEY.text)
+    for content in ("garbage", SwarmKey("work", bytes(32)).text):
+        write(path, content)
+        for command in (["swarm", "show", KEY.swarm_id], ["swarm", "add", str(file)]):
+            assert f"swarm remove {KEY.swarm_id} --yes" in ask(*command, code=2)["error"]["hint"]
+        ask("swarm", "remove", KEY.swarm_id, "--yes")
+        ask("swarm", "add", str(file))
+        assert read_key_file(path) == KEY
+
+
+def test_what_to_do_next_names_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, file = str(tmp_path / "of its own"), write(tmp_path / "key", KEY.text)
+    for command, hints in ((["create", "home"], 2), (["add", str(file)], 1)):
+        assert run(["swarm", *command, "--data-dir", folder]) == 0
+        assert capsys.readouterr().err.count(f" --data-dir '{folder}'\n") == hints
+        assert run(["swarm", *command]) == 0
+        assert "--data-dir" not in capsys.readouterr().err
+
+
+def test_a_node_that_does_not_hear_of_the_list(
+    home: DataDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def attach(*arguments: Any) -> dict[str, Any]:
+        raise DeadlineExceeded("it has not answered")
+
+    monkeypatch.setattr(swarm_command, "is_node_running", lambda folder: True)
+    monkeypatch.setattr(swarm_command, "attach", attach)
+    assert run(["swarm", "allow", PEERS[0]]) == 1
+    assert "the list is written" in capsys.readouterr().err
+    assert load_config(home.config_path).network.allow == PEERS[:1]

@@ -101,9 +101,12 @@ GROUPS = sorted({tuple(command.words[:-1]) for command in COMMANDS})
 WITHOUT_SETTINGS = {
     "completion show", "completion install", "config path", "logs", "reset", "bench expert", "peers list",
     "expert deploy", "expert remove", "model list", "model remove", "bench dht", "bench sim",
+    "bench moe",
     "swarm create", "swarm add", "swarm remove",
 }  # fmt: skip
-WITHOUT_FOLDER = {"completion show", "completion install", "bench expert", "bench parity", "bench dht", "bench sim"}
+WITHOUT_FOLDER = {
+    "completion show", "completion install", "bench expert", "bench parity", "bench dht", "bench sim", "bench moe",
+}  # fmt: skip
 
 
 def for_each(wanted: Callable[[Command], bool]) -> Any:
@@ -225,7 +228,7 @@ BAD: list[tuple[list[str], list[str], int, str, str]] = [
     (["infer"], ["Hi", "--embedded", "65"], 2, "--embedded", "--help"),
     (["infer"], ["Hi", "--raw", "--system", "x"], 2, "--system", "prompt"),
     (["infer"], ["Hi", "--announce", "/ip4/192.0.2.1/tcp/1"], 2, "--announce", "both"),
-    (["infer"], ["Hi", "--bootstrap", "nonsense"], 2, "nonsense", ""),
+    (["infer"], ["Hi", "--bootstrap", "nonsense"], 2, "--bootstrap 'nonsense'", "network.bootstrap"),
     (["infer"], ["Hi", "--bootstrap", "/ip4/127.0.0.1/tcp/1"], 2, "names no PeerId", "/p2p/"),
     (["infer"], ["Hi", "--model", "MOE", "--bootstrap", ADDRESS], 2, "Connection refused", "network diagnose"),
     (["infer"], ["Hi", "--model", "MOE", "--listen", "somewhere"], 2, "--listen 'somewhere'", "/ip4/0.0.0.0"),
@@ -242,6 +245,7 @@ BAD: list[tuple[list[str], list[str], int, str, str]] = [
     (["host-expert"], ["MOE", "--listen", "/ip4/127.0.0.1/udp/1"], 2, "udp", "/ip4/0.0.0.0"),
     (["host-expert"], ["MOE", "--bootstrap", ADDRESS], 2, "Connection refused", "network diagnose"),
     (["join"], ["--listen", "somewhere"], 2, "--listen 'somewhere'", "/ip4/0.0.0.0"),
+    (["join"], ["--listen", "/ip4/127.0.0.1/tcp/70000"], 2, "multiaddress: integer not in range", "network.listen"),
     (["join"], ["--listen", "/ip4/192.0.2.1/tcp/0"], 2, "cannot listen", ""),
     (["join"], ["--announce", "me", "--listen", "/ip4/127.0.0.1/tcp/0"], 2, "--announce 'me'", "others can dial"),
     (["join"], ["--bootstrap", ADDRESS], 2, "Connection refused", "network diagnose"),
@@ -285,12 +289,20 @@ BAD: list[tuple[list[str], list[str], int, str, str]] = [
     (["bench", "expert"], ["--dim", "0"], 2, "--dim", "--help"),
     (["bench", "expert"], ["--dim", "65536", "--batch", "65536"], 2, "a call takes", "--batch"),
     (["bench", "expert"], ["--expert", "ffn", "--dim", "9000"], 2, "8192", "--dim"),
+    (["bench", "moe"], ["--how", "magic"], 2, "magic", "kill or stop"),
+    (["bench", "moe"], ["--k", "21"], 2, "--k 21 of --experts 20", "--k 20"),
+    (["bench", "moe"], ["--replicas", "11"], 2, "--replicas 11 on --hosts 10", "--replicas 10"),
+    (["bench", "moe"], ["--experts", "5"], 2, "some hosts would have none", "--hosts 8"),
+    (["bench", "moe"], ["--seed", "9" * 20], 2, "--seed", "--help"),
     (["bench", "parity"], ["--dtype", "f64"], 2, "f64", "bf16"),
     (["bench", "parity"], ["--hosts", "0"], 2, "--hosts", "--help"),
     (["bench", "parity"], ["--model", "gpt-17"], 2, "gpt-17", ""),
     (["bench", "sim"], ["--nodes", "1"], 2, "--nodes", "--help"),
     (["bench", "sim"], ["--nodes", "10", "--experts", "11"], 2, "11 experts on 10", "--experts 10"),
     (["bench", "sim"], ["--hostile", "1"], 2, "--hostile", "--help"),
+    (["bench", "sim"], ["--nodes", "50001"], 2, "--nodes", "--help"),
+    (["bench", "sim"], ["--users", "5000001"], 2, "--users", "--help"),
+    (["bench", "sim"], ["--minutes", "inf"], 2, "--minutes", "--help"),
     (["bench", "sim"], ["no-such.toml"], 2, "no-such.toml", "TOML"),
     (["join"], ["--swarm-id", "home@k3x7q2m4a5bcd2ef"], 2, "its key is not here", "swarm add"),
     (["join"], ["--swarm-key", "absent"], 2, "absent", "path"),
@@ -307,6 +319,8 @@ BAD: list[tuple[list[str], list[str], int, str, str]] = [
     (["network", "diagnose"], ["/ip4/1.2.3/tcp/1"], 2, "/ip4/1.2.3/tcp/1", "write it like"),
     (["bench", "dht"], ["--peers", "1"], 2, "--peers", "--help"),
     (["bench", "dht"], ["--kill", "1.5"], 2, "--kill", "--help"),
+    (["bench", "dht"], ["--peers", "2", "--kill", "0.9"], 2, "at least two have to live", "--kill 0 "),
+    (["bench", "dht"], ["--peers", "3", "--kill", "0.6"], 2, "at least two have to live", "--kill 0.33 "),
 ]  # fmt: skip
 
 

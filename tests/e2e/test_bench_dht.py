@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from daaswarm.bench import dht
+from daaswarm.types import ModelRoot
 
 
 def test_a_small_swarm_keeps_what_it_was_told() -> None:
@@ -36,3 +38,27 @@ def test_nobody_offers_a_killed_peer(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     old, after = result["after_old_keys"], result["after_60_s"]
     assert isinstance(old, dict) and old["get_success"] == 1.0
     assert isinstance(after, dict) and after["offers_of_dead_peers"] == 0 and after["find_success_of_live_hosts"] == 1.0
+
+
+async def test_a_late_answer_is_not_taken_for_the_next_one(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    class Slow(dht.Peer):
+        """Answers the first question after the asker gave up."""
+
+        async def read(self) -> dict[str, object] | None:
+            answer, due = answers[0]
+            await trio.sleep_until(due)
+            answers.pop(0)
+            return answer
+
+    class Process:
+        stdin = trio.testing.MemorySendStream()
+
+    answers: list[tuple[dict[str, object], float]] = [
+        ({"stored": 1}, trio.current_time() + dht.OPERATION_S + 1),
+        ({"peers": ["a"]}, trio.current_time() + dht.OPERATION_S + 2),
+    ]
+    peer = Slow(Process())  # type: ignore[arg-type]
+    assert (await peer.ask("store", ModelRoot("0" * 64)))[0] is None
+    assert (await peer.ask("get", ModelRoot("0" * 64)))[0] == {"peers": ["a"]}

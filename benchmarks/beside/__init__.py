@@ -1,0 +1,1 @@
+"""What ``benchmarks.beside_hivemind`` is made of."""
