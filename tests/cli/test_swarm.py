@@ -218,10 +218,10 @@ def test_a_key_in_place_of_its_file_is_not_repeated(ask: Callable[..., Any]) -> 
     assert KEY.text.rpartition(":")[2] not in str(error) and "swarm add -" in error["hint"]
 
 
-@pytest.mark.parametrize("path", ["~nobody-of-that-name/key", "a\0b"])
-def test_a_path_that_is_none(ask: Callable[..., Any], home: DataDir, path: str) -> None:
-    assert "is no path" in ask("swarm", "add", path, code=2)["error"]["message"]
-    with pytest.raises(ConfigError, match="is no path"):
+@pytest.mark.parametrize(("path", "said"), [("~nobody-of-that-name/key", "can't be read"), ("a\0b", "is no path")])
+def test_a_path_that_is_none(ask: Callable[..., Any], home: DataDir, path: str, said: str) -> None:
+    assert said in ask("swarm", "add", path, code=2)["error"]["message"]
+    with pytest.raises(ConfigError, match=said):
         load_swarm_key(home, configure(swarm_key_file=path), {})
 
 

@@ -185,8 +185,8 @@ async def test_what_the_local_network_says_of_a_peer_is_not_passed_on(tmp_path: 
         evil = "/ip4/192.0.2.66/tcp/666"
         for addrs in ([evil], [evil, *b.addrs]):
             await a.meet(Contact(peer_id=b.peer_id, addrs=addrs))
-            assert [contact.addrs for contact in a.discovery.kademlia._seeds] == [b.addrs]
-            a.discovery.kademlia._seeds.clear()
+            assert [contact.addrs for contact in a.discovery.kademlia._met] == [b.addrs]
+            a.discovery.kademlia._met.clear()
             await a.network.disconnect(b.peer_id, "once more")
 
 
