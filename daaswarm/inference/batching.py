@@ -7,11 +7,13 @@ prompt goes through the model (*prefill*), then it takes part in each *decode* p
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import threading
+import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,7 @@ from daaswarm.inference.plan import HostPlan
 from daaswarm.inference.rope import has_changing_ropes
 from daaswarm.inference.sequence import Chooser, Sequence
 from daaswarm.inference.swarm_experts import Stopped, SwarmExperts
+from daaswarm.inference.threads import ThreadChoice
 
 ROWS = 16  # answers in one pass; more wait
 WAITING = 64  # answers that may wait for a place
@@ -88,9 +91,12 @@ class Batch:
 
     def __init__(self, model: Any, experts: SwarmExperts) -> None:
         self._model = model
+        self._device = model.device
         self._experts = experts
         self._plan: HostPlan | None = None  # newer than the experts'
         self._real: Tensor | None = None  # which rows of the pass are no padding; None: all
+        self._threads: ThreadChoice | None = None
+        self._waited_s = 0.0  # for hosts, in this pass
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._waiting: deque[Place] = deque()
@@ -179,13 +185,16 @@ class Batch:
 
     def compute(self, layer: int, rows: Tensor, index: Tensor | None, weights: Tensor | None) -> Tensor:
         """``ExpertsFn`` of the trunk; padding isn't sent to hosts, and stays zero."""
+        started = time.monotonic()
         real = self._real
         if real is None:
-            return self._experts(layer, rows, index, weights)
-        out = torch.zeros_like(rows)
-        out[real] = self._experts(
-            layer, rows[real], None if index is None else index[real], None if weights is None else weights[real]
-        )
+            out = self._experts(layer, rows, index, weights)
+        else:
+            out = torch.zeros_like(rows)
+            out[real] = self._experts(
+                layer, rows[real], None if index is None else index[real], None if weights is None else weights[real]
+            )
+        self._waited_s += time.monotonic() - started
         return out
 
     # -- coming and going ---------------------------------------------------------------------------------------
@@ -378,14 +387,16 @@ class Batch:
         try:
             real = torch.arange(width) >= width - torch.tensor(counts)[:, None]
             self._real = None if real.all() else real.reshape(-1).nonzero()[:, 0]
-            out = self._model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=self._cache.positions,
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            with self._take_threads(sum(counts)):
+                device = self._device
+                out = self._model(
+                    input_ids=ids.to(device),
+                    attention_mask=None if mask is None else mask.to(device),
+                    position_ids=self._cache.positions.to(device),
+                    past_key_values=self._cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
         finally:
             with self._lock:
                 self._passing = []
@@ -394,6 +405,19 @@ class Batch:
             for sequence, count in zip(sequences, counts, strict=True):
                 sequence.note_use(hosts, retries, count / sum(counts))
         return out.logits[:, -1]
+
+    @contextlib.contextmanager
+    def _take_threads(self, rows: int) -> Iterator[None]:
+        """Run a pass with as many of torch's threads as it gains from."""
+        choice = self._threads = self._threads or ThreadChoice(torch.get_num_threads())
+        threads = choice.choose(rows)
+        torch.set_num_threads(threads)
+        self._waited_s, started = 0.0, time.monotonic()
+        try:
+            yield
+        finally:
+            torch.set_num_threads(choice.most)
+        choice.note(rows, threads, time.monotonic() - started - self._waited_s)
 
 
 def get_common(a: Iterable[int], b: Iterable[int]) -> int:

@@ -16,6 +16,7 @@ from daaswarm.errors import ExpertError, ModelError
 from daaswarm.models.checkpoint import Checkpoint
 from daaswarm.models.dense import ACTIVATIONS, DenseSlices
 from daaswarm.models.manifest import Entry, Progress
+from daaswarm.models.packed import PackedMatrix, can_pack, fill
 from daaswarm.models.parts import read_parts
 from daaswarm.models.sources import LocalModel, ignore_progress
 from daaswarm.models.tensors import COMPUTE_DTYPES, to_tensor
@@ -85,10 +86,9 @@ class LayerExperts:
     def to(self, device: torch.device) -> LayerExperts:
         """Move the weights to a device, in place."""
         if self._moe is not None:
-            self._moe.module.to(device)
-            if not self._moe.own:
-                self._moe.bind()
+            self._moe.to(device)
         if self._dense is not None:
+            self._dense.unpack()
             for name, value in vars(self._dense).items():
                 if isinstance(value, Tensor):
                     setattr(self._dense, name, value.to(device))
@@ -100,7 +100,8 @@ class MoeExperts:
 
     The formula of transformers' experts interface (``integrations/moe.py``) is followed with the module's own
     weights, gate, bias and norm, one expert at a time. It is compared once with the module's own forward, which is
-    used instead where the two differ.
+    used instead where the two differ. Where it is not, the weights are packed (:mod:`daaswarm.models.packed`) until
+    somebody asks for gradients.
     """
 
     def __init__(self, module: nn.Module, ids: list[int]) -> None:
@@ -110,29 +111,54 @@ class MoeExperts:
         module_type: Any = type(module)
         self._forward: Callable[..., Tensor] = getattr(module_type.forward, "__wrapped__", module_type.forward)
         try:
-            self.bind()
+            self._matrices: list[tuple[Any, Any]] = self._take_matrices()  # Tensor or PackedMatrix
+            self._bind()
             self.own = not self._agrees()
         except (AttributeError, RuntimeError, TypeError):  # a class that follows the interface only in part
             self.own = True
+        if not self.own:
+            for name in self._get_names():
+                delattr(module, name)
+            if can_pack(self._matrices[0][0].dtype):
+                self._matrices = [(PackedMatrix(first), PackedMatrix(down)) for first, down in self._matrices]
 
-    def bind(self) -> None:
-        """Take each expert's matrices out of the module, once: indexing costs as much as a small product."""
+    def _get_names(self) -> tuple[str, str]:
+        return ("gate_up_proj" if self.module.has_gate else "up_proj"), "down_proj"
+
+    def _take_matrices(self) -> list[tuple[Any, Any]]:
+        """Each expert's two matrices, (outputs, inputs): indexing at each call costs as much as a small product."""
+        both = [getattr(self.module, name) for name in self._get_names()]
+        if self.module.is_transposed:
+            both = [matrix.transpose(1, 2) for matrix in both]
+        return list(zip(*(matrix.unbind(0) for matrix in both), strict=True))
+
+    def _bind(self) -> None:
+        """Take what else a call needs out of the module."""
         module = self.module
-        count = len(self.ids)
-        first, down = (module.gate_up_proj if module.has_gate else module.up_proj), module.down_proj
-        if module.is_transposed:
-            first, down = first.transpose(1, 2), down.transpose(1, 2)
-        self._first: list[Tensor] = list(first.unbind(0))
-        self._down: list[Tensor] = list(down.unbind(0))
-        self._first_bias: list[Tensor | None] = [None] * count
-        self._down_bias: list[Tensor | None] = [None] * count
+        self._first_bias: list[Tensor | None] = [None] * len(self.ids)
+        self._down_bias: list[Tensor | None] = [None] * len(self.ids)
         if module.has_bias:
             self._first_bias = list((module.gate_up_proj_bias if module.has_gate else module.up_proj_bias).unbind(0))
             self._down_bias = list(module.down_proj_bias.unbind(0))
         self._gate: Callable[[Tensor], Tensor] = module._apply_gate if module.has_gate else module.act_fn
         self._norm: Callable[[Tensor], Tensor] | None = module.post_expert_norm if module.has_post_expert_norm else None
 
+    def to(self, device: torch.device) -> None:
+        """Move the weights to a device."""
+        self.module.to(device)
+        if not self.own:
+            self.unpack()
+            self._matrices = [(first.to(device), down.to(device)) for first, down in self._matrices]
+            self._bind()
+
+    def unpack(self) -> None:
+        """Lay the weights out for autograd, and any device; for good, since more such calls will come."""
+        if not self.own and isinstance(self._matrices[0][0], PackedMatrix):
+            self._matrices = [(first.unpack(), down.unpack()) for first, down in self._matrices]
+
     def compute(self, rows: Tensor, row_index: Tensor, expert_index: Tensor, weights: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.unpack()
         out = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
         experts = expert_index.tolist()
         row_numbers = row_index.tolist()
@@ -165,8 +191,9 @@ class MoeExperts:
         return self._formula(rows, place)
 
     def _formula(self, rows: Tensor, place: int) -> Tensor:
-        h = self._gate(functional.linear(rows, self._first[place], self._first_bias[place]))
-        y = functional.linear(h, self._down[place], self._down_bias[place])
+        first, down = self._matrices[place]
+        h = self._gate(_multiply(fill(rows), first, self._first_bias[place]))
+        y = _multiply(h, down, self._down_bias[place])[: len(rows)]
         return y if self._norm is None else self._norm(y)
 
     @torch.inference_mode()
@@ -179,6 +206,13 @@ class MoeExperts:
         index = torch.full((3, 1), place, dtype=torch.int64)
         want = self._forward(self.module, rows, index, torch.ones_like(index, dtype=down.dtype)).float()
         return bool((got - want).abs().max() <= _OWN_FORWARD_TOLERANCE[down.dtype] * want.abs().max())
+
+
+def _multiply(rows: Tensor, matrix: Tensor | PackedMatrix, bias: Tensor | None) -> Tensor:
+    if isinstance(matrix, PackedMatrix):
+        out = matrix(rows)
+        return out if bias is None else out.add_(bias)
+    return functional.linear(rows, matrix, bias)
 
 
 def load_experts(

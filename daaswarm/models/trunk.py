@@ -169,6 +169,17 @@ def _finish(trunk: PreTrainedModel, model: LocalModel, elsewhere: set[str]) -> N
     if trunk.can_generate():
         trunk.generation_config = _load_generation_config(model)
     trunk.requires_grad_(False)
+    _lay_out_head(trunk)
+
+
+def _lay_out_head(trunk: PreTrainedModel) -> None:
+    """Keep the output head's weights input-major: a pass needs the logits of a row or two, and such a product reads
+    them in order then. Measured (576 → 49,152, f32, one row): 5.8 instead of 11.7 ms; two rows 12 and 28, ten 39 and
+    33. In bf16 it would be slower. The embedding that shares them reads single rows, which costs nothing beside it.
+    """
+    head = trunk.get_output_embeddings()
+    if isinstance(head, nn.Linear) and head.weight.dtype == torch.float32:
+        head.weight.data = head.weight.data.t().contiguous().t()
 
 
 def _load_generation_config(model: LocalModel) -> GenerationConfig:

@@ -18,6 +18,7 @@ GROWTH = ("nodes", "hops_p50", "hops_p99", "record_hops_p50", "record_hops_p99",
 SMALLEST = 100  # nodes: below this everybody knows everybody
 GROWTH_MINUTES = 2.0  # hops need no more
 GROWTH_PROBES = 300  # P99 needs some hundreds
+GROWN = 1.1  # times the memory in large pages; then what is new goes there too
 
 
 def run_simulation(scenario: Scenario, progress: Progress) -> tuple[dict[str, Any], World]:
@@ -31,11 +32,15 @@ def run_simulation(scenario: Scenario, progress: Progress) -> tuple[dict[str, An
         world.populate()
         collapse()
         warm_s = time.perf_counter() - started
-        process, peak = psutil.Process(), 0
+        process = psutil.Process()
+        collapsed = peak = process.memory_info().rss
 
         def note(done: float, total: float) -> None:
-            nonlocal peak
+            nonlocal collapsed, peak
             peak = max(peak, process.memory_info().rss)
+            if peak > collapsed * GROWN:
+                collapse()
+                collapsed = peak
             progress(done, total)
 
         world.run(note)

@@ -18,6 +18,7 @@ from daaswarm.inference.batching import KEPT_TOKENS_MIN, Batch, can_batch, get_c
 from daaswarm.inference.sequence import Sampling, Sequence
 from daaswarm.inference.swarm_experts import Stopped
 from daaswarm.inference.text_stream import TextStream
+from daaswarm.inference.threads import TRIES
 from daaswarm.testing.checkpoints import make_config, make_model
 from tests.byte_tokenizer import make_tokenizer
 
@@ -524,6 +525,27 @@ def test_who_leaves_the_queue_makes_room(model: Any, monkeypatch: pytest.MonkeyP
     other = start(batch, model, make_ids(5))
     finish(batch)
     assert made[0].token_ids == [] and other.error is None and made[1].error is None
+
+
+def test_threads_are_tried_on_short_passes_and_given_back(model: Any) -> None:
+    before = torch.get_num_threads()
+    taken: list[tuple[int, int]] = []  # tokens of a pass, threads
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: taken.append((kwargs["input_ids"].numel(), torch.get_num_threads())),
+        with_kwargs=True,
+    )
+    try:
+        torch.set_num_threads(2)
+        batch = make_batch(model)
+        start(batch, model, make_ids(9))
+        finish(batch)
+        assert torch.get_num_threads() == 2
+    finally:
+        hook.remove()
+        torch.set_num_threads(before)
+    assert taken[0] == (9, 2)
+    assert [threads for _, threads in taken[1 : 2 * TRIES + 1]] == [1, 2] * TRIES
+    assert len({threads for _, threads in taken[2 * TRIES + 1 :]}) == 1
 
 
 def test_padding_is_not_sent_to_hosts(model: Any) -> None:

@@ -87,6 +87,15 @@ def test_the_trunk_reads_no_expert(tiny: Tiny, tmp_path: Path) -> None:
     assert sum(p.nbytes for p in trunk.parameters()) == model.get_trunk_bytes("f32")
 
 
+def test_the_head_is_read_in_order_and_shared_with_the_embedding(tiny: Tiny, tmp_path: Path) -> None:
+    model = find_model(str(tiny("llama")), tmp_path)
+    trunk: Any = load_trunk(model, "f32", refuse)
+    head, embedding = trunk.get_output_embeddings().weight, trunk.get_input_embeddings().weight
+    assert head.stride() == (1, head.shape[0])
+    assert trunk.config.tie_word_embeddings is (head.data_ptr() == embedding.data_ptr())
+    assert load_trunk(model, "bf16", refuse).get_output_embeddings().weight.is_contiguous()
+
+
 def test_an_expert_that_is_not_held(tiny: Tiny, tmp_path: Path) -> None:
     model = find_model(str(tiny("olmoe")), tmp_path)
     held = load_experts(model, {0: [1, 2]}, "f32")[0]
