@@ -110,17 +110,21 @@ class TrainingSwarm:
                 experts &= set(work.expert_index[_get_places(work, part, experts)].tolist())
             while experts:
                 left: set[int] = set()
-                for peer, chosen in self._choose(plan, work.layer, experts, failed, last):
-                    places = _get_places(work, part, set(chosen)) if has_pairs else None
-                    try:
-                        rows, weights = await self._call(plan, peer, work, part, chosen, places)
-                    except (TooLarge, LocalProtocolError):  # ours; nobody would be sent anything else
-                        raise
-                    except DaaswarmError as error:
+                shares = [
+                    (peer, chosen, _get_places(work, part, set(chosen)) if has_pairs else None)
+                    for peer, chosen in self._choose(plan, work.layer, experts, failed, last)
+                ]
+                answers = await self._ask(plan, work, part, shares)
+                # In the order they were chosen, whoever answered first: sums of floats depend on it.
+                for (peer, chosen, places), answer in zip(shares, answers, strict=True):
+                    if isinstance(answer, TooLarge | LocalProtocolError):  # ours; nobody would be sent anything else
+                        raise answer
+                    if isinstance(answer, DaaswarmError):
                         failed.add(peer)
                         left |= set(chosen)
-                        last = error
+                        last = answer
                         continue
+                    rows, weights = answer
                     out[part] += rows
                     if of_weights is not None and weights is not None and places is not None:
                         of_weights[places] = weights
@@ -146,6 +150,23 @@ class TrainingSwarm:
             chosen.append((peer, held[peer]))
             left -= set(held[peer])
         return chosen
+
+    async def _ask(
+        self, plan: HostPlan, work: Work, part: slice, shares: list[tuple[PeerId, list[int], Tensor | None]]
+    ) -> list[tuple[Tensor, Tensor | None] | DaaswarmError]:
+        """Each host's answer, or what went wrong with it; all hosts are asked at once."""
+        answers: dict[int, tuple[Tensor, Tensor | None] | DaaswarmError] = {}
+
+        async def ask(number: int, peer: PeerId, chosen: list[int], places: Tensor | None) -> None:
+            try:
+                answers[number] = await self._call(plan, peer, work, part, chosen, places)
+            except DaaswarmError as error:
+                answers[number] = error
+
+        async with trio.open_nursery() as nursery:
+            for number, share in enumerate(shares):
+                nursery.start_soon(ask, number, *share)
+        return [answers[number] for number in range(len(shares))]
 
     async def _call(
         self, plan: HostPlan, peer: PeerId, work: Work, part: slice, experts: list[int], places: Tensor | None

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import trio
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -130,6 +131,24 @@ def test_a_model_around_remote_experts_learns(world: World) -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
     assert before.weight.grad is not None and before.weight.grad.abs().max() > 0
+
+
+def test_hosts_are_asked_at_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, asked, all_asked = world.swarm._call, list[str](), trio.Event()
+
+    async def wait_for_the_other(plan: Any, peer: Any, *rest: Any) -> Any:
+        asked.append(peer)
+        if len(asked) == 2:
+            all_asked.set()
+        with trio.fail_after(30):
+            await all_asked.wait()
+        return await call(plan, peer, *rest)
+
+    monkeypatch.setattr(world.swarm, "_call", wait_for_the_other)
+    rows = make_rows(world.moe, 4)
+    index = torch.tensor([[0, 7]] * 4)
+    RemoteExpert(world.swarm, world.moe, LAYER)(rows, index, torch.ones(4, 2))
+    assert sorted(asked) == sorted(world.peers[1:])
 
 
 def test_one_peer_can_be_named(world: World) -> None:
