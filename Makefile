@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test check format bench parity fuzz soak kill-store sim sim-full clean answers bench-dht bench-hivemind partition
+.PHONY: help demo test check format bench parity fuzz soak kill-store sim sim-full clean answers bench-dht bench-hivemind partition gpu-check
 
 help:
 	@echo "make demo    set up, then ask a real model whose experts sit on three host processes"
@@ -20,6 +20,7 @@ help:
 	@echo "make answers ten answers at once on one node, beside one after another"
 	@echo "make bench-dht  the DHT of 64 processes beside hivemind's (PEERS=64 ROUNDS=3); installs hivemind in .venv-hivemind"
 	@echo "make bench-hivemind  one expert, twenty on ten hosts and a host's footprint beside hivemind and the floor (ROUNDS=3)"
+	@echo "make gpu-check  on a machine with a GPU: parity with the processor, utilisation, tokens and calls a second"
 	@echo "make partition  30 processes of which half stand still for five minutes (PEERS=30 MINUTES=5)"
 	@echo "make soak    a swarm under a nemesis (MINUTES=30 HOSTS=4 REQUESTERS=3 SEED=0)"
 	@echo "make sim     500 nodes in simulated time, 20 seconds; make sim-full 10,000 nodes, 20 minutes"
@@ -101,6 +102,9 @@ partition: PEERS ?= 30
 partition: MINUTES ?= 5
 partition: $(VENV)/run.stamp
 	$(BIN)/python -m benchmarks.partition --peers $(PEERS) --minutes $(MINUTES)
+
+gpu-check: $(VENV)/run.stamp
+	$(BIN)/python -m benchmarks.gpu_check
 
 sim: $(VENV)/run.stamp
 	$(BIN)/daaswarm bench sim --nodes 500 --users 2000 --minutes 2

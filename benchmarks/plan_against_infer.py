@@ -37,11 +37,11 @@ def get_environment() -> dict[str, str]:
 
 
 class Relay:
-    """A TCP port on loopback that hands everything on after a delay."""
+    """A TCP port on loopback that hands everything on after a delay, which may change at any time."""
 
     def __init__(self, port: int, delay_s: float) -> None:
         self._target = port
-        self._delay_s = delay_s
+        self.delay_s = delay_s
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -69,7 +69,7 @@ class Relay:
                     data = source.recv(1 << 16)
                 except OSError:
                     data = b""
-                held.put((time.monotonic() + self._delay_s, data))
+                held.put((time.monotonic() + self.delay_s, data))
 
         def write() -> None:
             while True:

@@ -20,7 +20,7 @@ import tomli_w
 from msgspec import Meta
 
 from daaswarm.errors import ConfigError
-from daaswarm.types import Dtype, parse_bytes, parse_quiet_hours
+from daaswarm.types import Codec, Dtype, parse_bytes, parse_quiet_hours
 
 ENV_HOME = "DAASWARM_HOME"
 ENV_CACHE = "DAASWARM_CACHE"
@@ -46,11 +46,15 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
     relay: bool = True  # pass the traffic of peers that can't be dialled, as long as this node can
 
 
+DeviceText = Annotated[str, Meta(pattern="^(cpu|auto|cuda(:[0-9]{1,2})?)$")]
+
+
 class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What this node gives."""
 
     memory: str = "2GB"  # all experts together
     dtype: Dtype = "f32"
+    device: DeviceText = "cpu"  # where experts compute
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0  # 0: one per core
     nice: Annotated[int, Meta(ge=0, le=19)] = 0  # how far behind other programs this one stands
     tags: list[str] = []  # what these experts are good at, in the operator's words; others look for them
@@ -69,6 +73,9 @@ class InferConfig(msgspec.Struct, frozen=True, kw_only=True):
     call_timeout_s: Annotated[float, Meta(gt=0, le=30)] = 10.0
     embedded_hosts: Annotated[int, Meta(ge=1, le=64)] = 3
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0  # 0: one per core
+    device: DeviceText = "cpu"  # where the requester's own part computes
+    prompt_lookup: bool = True  # guess at tokens where that is measured to be faster
+    codec: Codec = "none"  # how hidden states travel to hosts that take it: as they are, or f16, bf16, int8
 
 
 class LogConfig(msgspec.Struct, frozen=True, kw_only=True):

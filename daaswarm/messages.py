@@ -135,6 +135,7 @@ class Advert(msgspec.Struct, frozen=True, kw_only=True):
     paused: bool = False  # computes nothing for others at the moment; calls get Busy
     tags: Annotated[list[Short], Meta(max_length=16)] = []  # what its operator says it is good at
     load: float = 0.0  # calls that waited when this was signed
+    codecs: Annotated[list[Short], Meta(max_length=16)] = []  # in which it takes rows and gives sums, beside f32 itself
 
 
 class Query(msgspec.Struct, frozen=True, kw_only=True):
@@ -272,13 +273,15 @@ class ExpertCall(Message, frozen=True, kw_only=True, tag="call"):
 
     Body, in this order, little-endian, no padding:
 
-    * ``rows`` x ``hidden`` values of ``dtype``: the hidden states;
+    * ``rows`` x ``hidden`` values of ``dtype``, or in ``codec`` if there is one: the hidden states;
     * with ``pairs`` > 0: ``pairs`` x u32 row numbers, ``pairs`` x u32 expert numbers, ``pairs`` x f32 weights. Each
       pair adds ``weight * expert(row)`` to its row;
     * with ``pairs`` == 0: nothing more; every expert in ``experts`` is applied to every row with weight one
       (slices of a dense FFN);
     * with ``grad``: ``rows`` x ``hidden`` f32, the gradient of the sums. The reply's body is then ``rows`` x
-      ``hidden`` f32, the gradient of the rows, and ``pairs`` x f32, that of the weights.
+      ``hidden`` f32, the gradient of the rows, and ``pairs`` x f32, that of the weights. No codecs then.
+
+    ``reply_codec``: that of the reply's sums. Codecs are asked only of hosts whose advert names them.
     """
 
     model_root: RootText
@@ -289,16 +292,20 @@ class ExpertCall(Message, frozen=True, kw_only=True, tag="call"):
     hidden: Annotated[int, Meta(ge=1, le=65_536)]
     pairs: Annotated[int, Meta(ge=0, le=1 << 22)] = 0
     grad: bool = False
+    codec: Short = ""
+    reply_codec: Short = ""
 
 
 class ExpertReply(Message, frozen=True, kw_only=True, tag="reply"):
-    """Body: ``rows`` x ``hidden`` f32 sums. Load feedback rides along for the requester's choice of replicas."""
+    """Body: ``rows`` x ``hidden`` f32 sums, or these in ``codec``: the one asked for, or none where it can't say them.
+    Load feedback rides along for the requester's choice of replicas."""
 
     rows: int
     hidden: int
     service_us: int = 0
     queue_depth: int = 0
     chain: ChainRoot | None = None
+    codec: Short = ""
 
 
 class ChainRoot(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,6 +16,10 @@ Dtype = Literal["f32", "bf16", "f16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 DTYPE_BYTES: dict[str, int] = {"f32": 4, "bf16": 2, "f16": 2}
 
+Codec = Literal["none", "f16", "bf16", "int8"]
+"""How rows and sums travel (``models.codecs``): ``none`` is as they are."""
+CODECS: tuple[str, ...] = tuple(codec for codec in get_args(Codec) if codec != "none")
+
 
 class ExpertId(NamedTuple):
     """One expert of a model: an MoE expert, or a slice of a dense FFN."""

@@ -48,12 +48,19 @@ MEANINGS = {
     "host.quiet_hours": "When to compute nothing for others, like `08:00-18:00`: local time, may span midnight.",
     "host.upload": "The most bytes a second that answers to others take, like `50MB`; empty for no limit.",
     "host.dtype": "What a host computes in.",
+    "host.device": "Where a host computes: `cpu`, `cuda` (a GPU), `cuda:1` (the second), or `auto`: a GPU if there is "
+    "one ([not run yet](../explanation/gpu.md)).",
     "host.threads": "Threads that a host computes with; 0 leaves the choice to torch (one per core).",
     "infer.model": "The model that `infer` asks: the default's name, a folder or a GGUF file.",
     "infer.max_tokens": "Longest answer, in tokens.",
     "infer.temperature": "0 takes the likeliest token each time; higher is more varied.",
     "infer.top_p": "Draw from the likeliest tokens up to this share of the probability.",
     "infer.call_timeout_s": "Deadline of one call to a host, seconds.",
+    "infer.device": "Where the requester's own part of the model computes; as `host.device`.",
+    "infer.codec": "How hidden states and sums travel to and from hosts that take it: as they are (`none`), or in "
+    "fewer bytes with some error ([codecs](../explanation/codecs.md)).",
+    "infer.prompt_lookup": "Guess at tokens from what followed the last ones where they stood before, when that is "
+    "measured to be faster ([a token's time](../explanation/where-a-tokens-time-goes.md)). The answer is the same.",
     "infer.embedded_hosts": "Host processes that `infer` starts when there is no swarm to ask.",
     "infer.threads": "Threads of the requester's own part of the model; 0 leaves the choice to torch.",
     "log.file_level": "What `join` and `host-expert` write to `logs/node.log` in the data directory.",

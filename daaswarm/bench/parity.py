@@ -6,6 +6,7 @@ their speeds is one of the same minute on the same machine.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from contextlib import AsyncExitStack
@@ -24,7 +25,7 @@ from daaswarm.models.trunk import load_reference, load_tokenizer
 from daaswarm.node.life import open_node
 from daaswarm.node.reporting import Emit, get_model
 from daaswarm.store.data_dir import DataDir
-from daaswarm.types import PeerId
+from daaswarm.types import Codec, PeerId
 
 PROMPT = "Explain what a distributed hash table is."
 RANDOM_PROMPT_TOKENS = 16  # for a checkpoint without a tokenizer
@@ -62,13 +63,34 @@ def generate(model: Any, ids: list[int], tokens: int) -> tuple[list[int], Any, f
     return made.sequences[0, len(ids) :].tolist(), made.logits, seconds
 
 
+def compare_choices(reference: Any, trunk: Any, ids: list[int], first: int) -> tuple[float, float]:
+    """Both models read the same text in one pass: the share of its places from ``first`` on where they would choose
+    the same next token, and the largest difference of two logits there. Call where the trunk's experts are set.
+    """
+    text = torch.tensor([ids])
+    with torch.inference_mode():
+        want = reference(input_ids=text).logits[0, first:].float()
+        got = trunk(input_ids=text.to(trunk.device)).logits[0, first:].float().cpu()
+    return float((want.argmax(1) == got.argmax(1)).float().mean()), float((want - got).abs().max())
+
+
 async def run_parity(
-    data_dir: DataDir, config: Config, name: str, *, hosts: int, tokens: int, dtype: Any, across: bool, emit: Emit
+    data_dir: DataDir,
+    config: Config,
+    name: str,
+    *,
+    hosts: int,
+    tokens: int,
+    dtype: Any,
+    across: bool,
+    codec: Codec = "none",
+    emit: Emit,
 ) -> dict[str, Any]:
     """Compare a model on ``hosts`` host processes with the same model whole in this process.
 
     Args:
         across: cut every layer over all hosts, instead of giving each host whole layers.
+        codec: of rows and sums on the wire. Logits are compared while the tokens are the same.
 
     Raises:
         ModelError: the model can't be used.
@@ -105,7 +127,7 @@ async def run_parity(
             torch.set_num_threads(own_threads)
             sampling = Sampling(max_tokens=tokens, min_tokens=tokens)
             sequence = Sequence(trunk.model, model.name, list(ids), sampling, keep_logits=True)
-            await requester.complete(model, trunk, plan, sequence)
+            await requester.complete(model, trunk, plan, sequence, codec)
             if sequence.error is not None:
                 raise sequence.error
             for peer, use in sequence.hosts.items():
@@ -124,18 +146,33 @@ async def run_parity(
             await emit({"event": "progress", "what": "measuring", "done": i, "total": REPEATS})
             speeds.append((tokens / (await local())[2], tokens / (await sharded()).seconds))
         await emit({"event": "progress", "what": "measuring", "done": REPEATS, "total": REPEATS})
+        experts = requester.make_experts(model, plan, codec)
+        agreement, choice_diff = await requester.run_model(
+            experts,
+            lambda: compare_choices(reference, trunk.model, [*ids, *want_ids[:-1]], len(ids) - 1),
+            experts.cancel,
+        )
+    same = sum(
+        1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(want_ids, got.token_ids, strict=True))
+    )
+    moved = sum(use.bytes_sent + use.bytes_received for use in got.hosts.values())
     ratios = sorted(there / here for here, there in speeds)
     calls = sum(use.calls for use in hosts_used.values())
     return {
         "model": model.name,
         "model_root": model.root,
         "dtype": dtype,
+        "codec": codec,
         "hosts": len(hosts_used),
         "tokens": tokens,
         "tokens_identical": want_ids == got.token_ids,
+        "tokens_identical_first": same,
+        "choices_identical": round(agreement, 4),
+        "choices_max_abs_logit_diff": choice_diff,
+        "bytes_per_token": round(moved / (len(ids) + tokens - 1)),
         "max_abs_logit_diff": max(
-            float((a.float() - b.float()).abs().nan_to_num(nan=float("inf")).max())
-            for a, b in zip(want_logits, got.logits, strict=True)
+            float((a.float() - b.float().cpu()).abs().nan_to_num(nan=float("inf")).max())
+            for a, b in list(zip(want_logits, got.logits, strict=True))[: same + 1]
         ),
         "local_tokens_per_s": round(statistics.median(here for here, _ in speeds), 3),
         "sharded_tokens_per_s": round(statistics.median(there for _, there in speeds), 3),

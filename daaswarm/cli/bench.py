@@ -8,13 +8,15 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import trio
 import typer
 
+from daaswarm.cli.bench_load import call_load, load
 from daaswarm.cli.bench_moe import moe, serve_moe
 from daaswarm.cli.bench_sim import simulate
+from daaswarm.cli.complete import complete_codecs
 from daaswarm.cli.host_expert import complete_models
 from daaswarm.cli.options import BootstrapOption, DataDirOption, JsonOption, open_data_dir, read_config
 from daaswarm.cli.output import Output
@@ -23,7 +25,7 @@ from daaswarm.errors import ConfigError
 from daaswarm.limits import CALL_BODY_BYTES
 from daaswarm.models.sources import DEFAULT_MODEL
 from daaswarm.store.data_dir import DataDir
-from daaswarm.types import DTYPES, format_bytes
+from daaswarm.types import CODECS, DTYPES, Codec, format_bytes
 
 FFN_DIM = 8_192  # the benchmark's weights take 2 GiB
 
@@ -31,6 +33,8 @@ app = typer.Typer(no_args_is_help=True, help="Measure this machine and this prog
 app.command("sim")(simulate)
 app.command("moe")(moe)
 app.command("serve-moe", hidden=True)(serve_moe)
+app.command("load")(load)
+app.command("call-load", hidden=True)(call_load)
 
 
 @app.command("parity")
@@ -42,6 +46,9 @@ def parity(
         bool, typer.Option("--across/--by-layer", help="Cut every layer over all hosts, or give each whole layers.")
     ] = False,
     dtype: Annotated[str, typer.Option("--dtype")] = "f32",
+    codec: Annotated[
+        str, typer.Option("--codec", autocompletion=complete_codecs, help="Of hidden states: f16, bf16, int8 or none.")
+    ] = "none",
     data_dir: DataDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -51,13 +58,23 @@ def parity(
     """
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype!r} is not known", hint=f"choose from {', '.join(DTYPES)}")
+    if codec not in ("none", *CODECS):
+        raise ConfigError(f"--codec {codec!r} is not known", hint=f"choose from none, {', '.join(CODECS)}")
     output = Output(as_json=as_json)
 
     async def run(folder: DataDir, config: Any) -> dict[str, Any]:
         from daaswarm.bench.parity import run_parity
 
         return await run_parity(
-            folder, config, model, hosts=hosts, tokens=tokens, dtype=dtype, across=across, emit=partial(_show, output)
+            folder,
+            config,
+            model,
+            hosts=hosts,
+            tokens=tokens,
+            dtype=dtype,
+            across=across,
+            codec=cast(Codec, codec),
+            emit=partial(_show, output),
         )
 
     _measure(run, data_dir, output)

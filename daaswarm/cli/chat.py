@@ -276,8 +276,9 @@ def complete(before: str) -> Iterable[str]:
 def format_receipt(result: dict[str, Any]) -> list[str]:
     """Who computed an answer, as lines for people: no line of it is wider than it must be."""
     tokens = f"{result['prompt_tokens']} of prompt ({result['reused_tokens']} kept), {result['completion_tokens']} new"
+    codec = "" if result["codec"] == "none" else f", sent in {result['codec']}"
     lines = [
-        f"model    {result['model']} {result['dtype']}",
+        f"model    {result['model']} {result['dtype']}{codec}",
         f"root     {result['model_root']}",
         f"tokens   {tokens}",
         f"calls    {result['calls']}, {describe_retries(result['retries'])}",

@@ -12,7 +12,7 @@ import typer
 from daaswarm.cli.options import open_data_dir
 from daaswarm.config import get_cache_dir
 from daaswarm.errors import DaaswarmError
-from daaswarm.types import DTYPES
+from daaswarm.types import CODECS, DTYPES
 
 
 def complete_peers(context: typer.Context, incomplete: str) -> list[str]:
@@ -59,6 +59,14 @@ def complete_layers(context: typer.Context, incomplete: str) -> list[str]:
 
 def complete_dtypes(incomplete: str) -> list[str]:
     return [dtype for dtype in DTYPES if dtype.startswith(incomplete)]
+
+
+def complete_codecs(incomplete: str) -> list[str]:
+    return [codec for codec in ("none", *CODECS) if codec.startswith(incomplete)]
+
+
+def complete_devices(incomplete: str) -> list[str]:
+    return [device for device in ("cpu", "cuda", "auto") if device.startswith(incomplete)]
 
 
 def _get_path(context: typer.Context, name: str) -> Path | None:

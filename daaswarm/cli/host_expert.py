@@ -9,6 +9,7 @@ import typer
 
 from daaswarm.cli.complete import complete_dtypes, complete_layers
 from daaswarm.cli.host_options import (
+    DeviceOption,
     NiceOption,
     PauseWhenBusyOption,
     QuietHoursOption,
@@ -79,6 +80,7 @@ def host_expert(
             help="Hold this much at most; with no ranges given, fill it with the experts that have fewest hosts.",
         ),
     ] = None,
+    device: DeviceOption = None,
     threads: ThreadsOption = None,
     nice: NiceOption = None,
     quiet_hours: QuietHoursOption = None,
@@ -124,6 +126,7 @@ def host_expert(
         network__lan=lan,
         host__dtype=dtype,
         host__memory=memory,
+        host__device=device,
         host__threads=threads,
         host__nice=nice,
         host__quiet_hours=quiet_hours or None,
@@ -151,6 +154,7 @@ def host_expert(
                     announce=announce,
                     swarm_id=swarm_id,
                     swarm_key=swarm_key,
+                    device=device,
                     threads=threads,
                     nice=nice,
                     quiet_hours=quiet_hours,

@@ -6,12 +6,22 @@ from typing import Annotated
 
 import typer
 
+from daaswarm.cli.complete import complete_devices
+
 MemoryOption = Annotated[
     str | None,
     typer.Option("--memory", metavar="SIZE", help="Hold this much of experts at most, all together: 4GB, 512MiB."),
 ]
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=0, max=1024, help="Threads to compute with; 0 for one per core.")
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        autocompletion=complete_devices,
+        help="Compute on the processor (cpu), a GPU (cuda, cuda:1), or a GPU if there is one (auto).",
+    ),
 ]
 NiceOption = Annotated[
     int | None, typer.Option("--nice", min=0, max=19, help="Let other programs go first: 19 is the most polite.")

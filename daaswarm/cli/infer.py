@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from daaswarm.cli.complete import complete_dtypes
+from daaswarm.cli.complete import complete_codecs, complete_dtypes
 from daaswarm.cli.host_expert import complete_models, locate_model
+from daaswarm.cli.host_options import DeviceOption
 from daaswarm.cli.options import (
     AnnounceOption,
     BootstrapOption,
@@ -68,6 +69,16 @@ def infer(
             "--dtype", autocompletion=complete_dtypes, help="Ask for f32, bf16 or f16 (default: best covered)."
         ),
     ] = None,
+    codec: Annotated[
+        str | None,
+        typer.Option(
+            "--codec",
+            autocompletion=complete_codecs,
+            help="Send hidden states to hosts in fewer bytes, with some error: f16, bf16, int8 "
+            "(default: infer.codec, none).",
+        ),
+    ] = None,
+    device: DeviceOption = None,
     embedded: Annotated[
         int | None,
         typer.Option("--embedded", min=1, max=64, help="Start this many host processes here, for this run only."),
@@ -117,7 +128,16 @@ def infer(
         infer__max_tokens=max_tokens,
         infer__temperature=temperature,
         infer__top_p=top_p,
+        infer__codec=codec,
+        infer__device=device,
     )
+    own = {  # settings of a node of its own
+        "listen": listen,
+        "announce": announce,
+        "swarm_id": swarm_id,
+        "swarm_key": swarm_key,
+        "device": device,
+    }
     params: dict[str, Any] = {
         "prompt": read_prompt(prompt) if prompt is not None else None,
         "model": locate_model(config.infer.model),
@@ -125,11 +145,13 @@ def infer(
         "temperature": config.infer.temperature,
         "top_p": config.infer.top_p,
         "seed": seed,
+        "prompt_lookup": config.infer.prompt_lookup,
         "system": system,
         "history": [],
         "stop": stop or [],
         "raw": raw,
         "dtype": dtype,
+        "codec": config.infer.codec,
         "embedded": embedded,
         "force": force,
         "bootstrap": bootstrap or [],
@@ -137,7 +159,7 @@ def infer(
     if prompt is None:
         check_terminal(output, raw=raw)
         if is_node_running(folder):
-            refuse_attached(folder, listen=listen, announce=announce, swarm_id=swarm_id, swarm_key=swarm_key)
+            refuse_attached(folder, **own)
         raise typer.Exit(chat(folder, config, params, output, serve=listen is not None))
     result: dict[str, Any] = {}
     written: list[str] = []
@@ -149,7 +171,7 @@ def infer(
 
     async def run() -> None:
         if is_node_running(folder):
-            refuse_attached(folder, listen=listen, announce=announce, swarm_id=swarm_id, swarm_key=swarm_key)
+            refuse_attached(folder, **own)
             result.update(await attach(folder, "infer", params, show_and_keep))
         else:
             from daaswarm.node.life import ask_once
@@ -237,7 +259,9 @@ def summarise(result: dict[str, Any]) -> str:
     where = f"{len(result['hosts'])} {'embedded ' if result['embedded'] else ''}host{'s' * (len(result['hosts']) != 1)}"
     retries = f", {describe_retries(result['retries'])}" if result["retries"] else ""
     moved = sum(host["bytes_sent"] + host["bytes_received"] for host in result["hosts"])
+    coded = sum(host["coded_calls"] for host in result["hosts"])
+    codec = "" if result["codec"] == "none" else f" ({coded} of these calls in {result['codec']})"
     return (
         f"[{result['completion_tokens']} tokens, {result['tokens_per_s']:.1f}/s, by {where}: {hosts}; "
-        f"{result['calls']} calls, {format_bytes(moved)}{retries}]"
+        f"{result['calls']} calls, {format_bytes(moved)}{codec}{retries}]"
     )

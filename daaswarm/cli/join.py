@@ -7,6 +7,7 @@ from functools import partial
 import typer
 
 from daaswarm.cli.host_options import (
+    DeviceOption,
     MemoryOption,
     NiceOption,
     PauseWhenBusyOption,
@@ -40,6 +41,7 @@ def join(
     announce: AnnounceOption = None,
     lan: LanOption = None,
     memory: MemoryOption = None,
+    device: DeviceOption = None,
     threads: ThreadsOption = None,
     nice: NiceOption = None,
     quiet_hours: QuietHoursOption = None,
@@ -65,6 +67,7 @@ def join(
         announce=announce,
         network__lan=lan,
         host__memory=memory,
+        host__device=device,
         host__threads=threads,
         host__nice=nice,
         host__quiet_hours=quiet_hours or None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Hashable
 from itertools import islice, zip_longest
+from math import inf
 
 import msgspec
 
@@ -14,6 +15,7 @@ from daaswarm.types import PeerId
 QUEUE_SHARE = 0.5  # of its deadline that a call may wait; the rest is for computing and the way back
 SMOOTHING = 0.2  # weight of the newest call's time and work: five calls to follow a change
 FEW_IN_A_ROW = 8  # calls of few rows that go before a large one that waits; decoding takes a tenth of a prefill
+BATCH_S = 0.2  # of computing together, as expected: more rows at once gain little, but nobody's turn comes meanwhile
 HELD_BYTES = 512 << 20  # of bodies that wait or are computed, of all peers: two of the largest calls
 HELD_BYTES_PER_PEER = 256 << 20  # one peer's part of that: one of the largest calls
 RETRY_MIN_S = 0.01
@@ -100,6 +102,18 @@ class Admission:
         Args:
             group, share, is_few, nbytes: as in :class:`Ticket`.
         """
+        refused = self.get_refusal(peer, deadline_s, nbytes)
+        if refused is not None:
+            return refused
+        ticket = Ticket(peer, work_rows, now + deadline_s, group, share, is_few, nbytes)
+        self._queues.setdefault(peer, deque()).append(ticket)
+        self._per_peer[peer] = self._per_peer.get(peer, 0) + 1
+        if nbytes:
+            self._held[peer] = self._held.get(peer, 0) + nbytes
+        return Admitted(ticket)
+
+    def get_refusal(self, peer: PeerId, deadline_s: float, nbytes: int = 0) -> Refused | None:
+        """Why :meth:`try_admit` would refuse a call now; ``None`` if it wouldn't."""
         wait_s = self.get_wait_s(peer)
         if self._per_peer.get(peer, 0) >= self._calls_per_peer:
             return self._refuse(wait_s, f"{self._calls_per_peer} calls of this peer are in flight")
@@ -113,12 +127,7 @@ class Admission:
             return self._refuse(
                 wait_s - QUEUE_SHARE * deadline_s, f"the queue takes {wait_s:.2f} s, the deadline is {deadline_s:.2f} s"
             )
-        ticket = Ticket(peer, work_rows, now + deadline_s, group, share, is_few, nbytes)
-        self._queues.setdefault(peer, deque()).append(ticket)
-        self._per_peer[peer] = self._per_peer.get(peer, 0) + 1
-        if nbytes:
-            self._held[peer] = self._held.get(peer, 0) + nbytes
-        return Admitted(ticket)
+        return None
 
     def next(self) -> Ticket | None:
         """The call to compute now: each waiting peer in turn, in order within a peer. None when nothing waits."""
@@ -135,7 +144,7 @@ class Admission:
         """The calls to compute together now; empty when nothing waits.
 
         The first is the next of few rows or, after :data:`FEW_IN_A_ROW` of those, the next of many. With it go others
-        of its group, one of each peer in turn, until the batch is full.
+        of its group, one of each peer in turn, until the batch is full or would take longer than :data:`BATCH_S`.
         """
         few_first = self._few_in_a_row < FEW_IN_A_ROW
         first = self._next_of(few_first) or self._next_of(not few_first)
@@ -145,11 +154,13 @@ class Admission:
         batch, room = [first], 1 - first.share
         if first.group is None or room <= 0:
             return batch
+        rows = BATCH_S * self._done_rows / self._done_s - first.work_rows if self._done_s else inf
         mates = [[t for t in queue if t.group == first.group] for queue in self._queues.values()]
         for turn in zip_longest(*mates):
             for ticket in turn:
-                if ticket is not None and ticket.share <= room:
+                if ticket is not None and ticket.share <= room and ticket.work_rows <= rows:
                     room -= ticket.share
+                    rows -= ticket.work_rows
                     batch.append(ticket)
         for ticket in batch[1:]:
             self._take(ticket)

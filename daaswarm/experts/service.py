@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +17,10 @@ from daaswarm.core.courtesy import Pause
 from daaswarm.errors import Busy, ConfigError, ExpertError, RemoteProtocolError, TooLarge
 from daaswarm.experts.batches import Waiting, get_group, join, settle
 from daaswarm.experts.gradients import Differentiable, compute_gradients, get_cost, get_gradient_bytes
+from daaswarm.limits import CALL_S
 from daaswarm.messages import ExpertCall, ExpertReply
-from daaswarm.types import DTYPE_BYTES, Dtype, ModelRoot, PeerId, format_range
+from daaswarm.models import codecs
+from daaswarm.types import CODECS, DTYPE_BYTES, Dtype, ModelRoot, PeerId, format_range
 
 if TYPE_CHECKING:
     from collections.abc import Buffer  # type: ignore[attr-defined]
@@ -57,6 +61,7 @@ class HostedModel:
     hidden: int
     dtype: Dtype
     layers: dict[int, Layer]
+    device: str = "cpu"
     calls: int = 0
     rows: int = 0
     ids: dict[int, frozenset[int]] = field(default_factory=dict)
@@ -103,6 +108,7 @@ class ExpertService:
         if known is not model:
             known.layers |= model.layers
             known.ids |= model.ids
+        _freeze_modules()
 
     def put(self, model: HostedModel) -> None:
         """Serve a model's layers from now on, each in the place of what is served of it. Calls in flight keep theirs.
@@ -145,12 +151,12 @@ class ExpertService:
             del self.models[root, dtype]
 
     def serve_inline(
-        self, peer: PeerId, call: ExpertCall, body: memoryview
+        self, peer: PeerId, call: ExpertCall, body: memoryview, deadline_s: float = CALL_S
     ) -> tuple[ExpertReply, Sequence[Buffer]] | None:
-        """Compute a small call at once; ``None`` for one that belongs in a thread.
+        """Compute a small call at once; ``None`` for one that belongs in a thread, if there is room for it.
 
         Raises:
-            Busy: the host is paused.
+            Busy: the host is paused, or a call that belongs in a thread would be refused.
             ExpertError: not held here.
             RemoteProtocolError: the call contradicts itself or its body.
         """
@@ -159,6 +165,9 @@ class ExpertService:
         touched = layer.nbytes * len(call.experts) // max(1, len(layer.ids))
         pairs = min(INLINE_PAIRS, INLINE_ROWS * len(call.experts))  # or one expert could be named 256 times
         if call.grad or call.rows > INLINE_ROWS or call.pairs > pairs or touched > INLINE_BYTES:
+            refused = self._admission.get_refusal(peer, deadline_s, len(body))
+            if refused is not None:  # here it costs no task
+                raise _get_busy(refused)
             return None
         return self._compute(hosted, layer, call, body)
 
@@ -187,11 +196,7 @@ class ExpertService:
             nbytes=len(body),
         )
         if isinstance(admitted, Refused):
-            raise Busy(
-                f"this host's queue is full: {admitted.reason}",
-                hint=f"try again in {admitted.retry_after_s:.2f} s, or another replica",
-                retry_after_s=admitted.retry_after_s,
-            )
+            raise _get_busy(admitted)
         ticket = admitted.ticket
         waiting = self._waiting[ticket] = Waiting(hosted, layer, call, body, ticket)
         self._start_next()
@@ -272,7 +277,7 @@ class ExpertService:
         parts = sums.contiguous().split([each.call.rows for each in batch])
         first.hosted.calls += len(batch)
         first.hosted.rows += len(rows)
-        return [(self._reply(each.call, took_us), [_as_buffer(part)]) for each, part in zip(batch, parts, strict=True)]
+        return [self._reply(each.call, took_us, [part]) for each, part in zip(batch, parts, strict=True)]
 
     def compute(self, call: ExpertCall, body: memoryview) -> tuple[ExpertReply, Sequence[Buffer]]:
         """Compute a call of this node's own, in the calling thread.
@@ -309,7 +314,11 @@ class ExpertService:
             raise RemoteProtocolError("expert call: it names an expert twice", reject=False)
         if call.rows > CALL_ROWS:
             raise TooLarge(f"expert call: {call.rows} rows; {CALL_ROWS} are allowed", hint="split the call")
-        expected = call.rows * call.hidden * DTYPE_BYTES[call.dtype] + 12 * call.pairs + get_gradient_bytes(call)
+        for codec in (call.codec, call.reply_codec):
+            if codec and (codec not in CODECS or call.grad):
+                known = "gradients travel without a codec" if call.grad else f"known are {', '.join(CODECS)}"
+                raise ExpertError(f"codec {codec!r} is not taken here: {known}", hint="ask without a codec")
+        expected = _get_row_bytes(call) + 12 * call.pairs + get_gradient_bytes(call)
         if call.hidden != hosted.hidden or body_bytes != expected or (call.pairs == 0) != (hosted.kind == "dense"):
             raise RemoteProtocolError(
                 f"expert call: {call.rows} x {call.hidden} rows with {call.pairs} pairs in {body_bytes} bytes "
@@ -344,26 +353,58 @@ class ExpertService:
         hosted.calls += 1
         hosted.rows += call.rows
         took_us = (time.perf_counter_ns() - started) // 1000
-        return self._reply(call, took_us), [_as_buffer(part) for part in answer]
+        return self._reply(call, took_us, answer)
 
-    def _reply(self, call: ExpertCall, service_us: int) -> ExpertReply:
-        return ExpertReply(
-            rows=call.rows, hidden=call.hidden, service_us=service_us, queue_depth=self._admission.queue_depth
-        )
+    def _reply(
+        self, call: ExpertCall, service_us: int, answer: Sequence[torch.Tensor]
+    ) -> tuple[ExpertReply, Sequence[Buffer]]:
+        codec, depth = call.reply_codec, self._admission.queue_depth
+        if codec:
+            coded = codecs.encode(answer[0], codec)
+            if coded is not None:  # else sums too large for it: they go as they are
+                reply = ExpertReply(
+                    rows=call.rows, hidden=call.hidden, service_us=service_us, queue_depth=depth, codec=codec
+                )
+                return reply, [coded]
+        reply = ExpertReply(rows=call.rows, hidden=call.hidden, service_us=service_us, queue_depth=depth)
+        return reply, [_as_buffer(part) for part in answer]
+
+
+@functools.cache
+def _freeze_modules() -> None:
+    """Leave what is loaded out of garbage collection: going through torch's modules held all peers up for 0.12 s."""
+    gc.freeze()
+
+
+def _get_busy(refused: Refused) -> Busy:
+    return Busy(
+        f"this host's queue is full: {refused.reason}",
+        hint=f"try again in {refused.retry_after_s:.2f} s, or another replica",
+        retry_after_s=refused.retry_after_s,
+    )
 
 
 def _as_buffer(part: torch.Tensor) -> Buffer:
     return part.contiguous().numpy().data.cast("B")
 
 
+def _get_row_bytes(call: ExpertCall) -> int:
+    if call.codec:
+        return codecs.get_bytes(call.codec, call.rows, call.hidden)
+    return call.rows * call.hidden * DTYPE_BYTES[call.dtype]
+
+
 def _read_rows(call: ExpertCall, body: memoryview) -> torch.Tensor:
+    if call.codec:
+        coded = body[: _get_row_bytes(call)]
+        return codecs.decode(coded, call.codec, call.rows, call.hidden, TORCH_DTYPES[call.dtype])
     rows = torch.frombuffer(body, dtype=TORCH_DTYPES[call.dtype], count=call.rows * call.hidden)
     return rows.view(call.rows, call.hidden)
 
 
 def _read_pairs(call: ExpertCall, body: memoryview) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(pairs,) rows int64, (pairs,) experts int64, (pairs,) weights f32; all within what the call announced."""
-    at = call.rows * call.hidden * DTYPE_BYTES[call.dtype]
+    at = _get_row_bytes(call)
     rows = torch.frombuffer(body, dtype=torch.int32, offset=at, count=call.pairs).long()
     experts = torch.frombuffer(body, dtype=torch.int32, offset=at + 4 * call.pairs, count=call.pairs).long()
     weights = torch.frombuffer(body, dtype=torch.float32, offset=at + 8 * call.pairs, count=call.pairs)

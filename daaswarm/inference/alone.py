@@ -98,7 +98,7 @@ def generate_alone(sequence: Sequence, kept: KeptCache) -> None:
         Whatever the experts raise (``NoPeerCouldServe``, ``Stopped``); what was written stays in the sequence.
     """
     model, stream = sequence.model, sequence.stream
-    prompt = torch.tensor([sequence.ids])
+    prompt = torch.tensor([sequence.ids], device=model.device)
     cache, sequence.reused_tokens = kept.take(sequence.ids)
     reuse = {"past_key_values": cache} if cache is not None else {}
     is_over = _StopWhen(lambda: sequence.is_cancelled or (stream is not None and stream.stopped))

@@ -134,6 +134,12 @@ class BatchCache(Cache):
             self.lengths[self.window.start + i] += count
         self.token_bytes = self.token_bytes or sum(layer.token_bytes for layer in self._ragged)
 
+    def cut(self, row: int, tokens: int) -> None:
+        """Forget what a row has behind its first ``tokens``."""
+        if tokens < self.lengths[row]:
+            self.lengths[row] = tokens
+            self._wipe(row, tokens)
+
     def move(self, source: int, target: int, tokens: int | None = None) -> None:
         """Put one row, or its first ``tokens``, where another was."""
         length = self.lengths[target] = self.lengths[source] if tokens is None else tokens

@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicLayer
 
 from daaswarm.errors import Busy
 from daaswarm.inference.batch_cache import BatchCache
+from daaswarm.inference.drafting import MOST, Drafts, PassTimes
 from daaswarm.inference.plan import HostPlan
 from daaswarm.inference.rope import has_changing_ropes
 from daaswarm.inference.sequence import Chooser, Sequence
@@ -71,6 +72,7 @@ class Place:
         number: those that came later have larger ones.
         was_sent_back: it had begun, and left its row to older answers.
         pieces: of its prompt that were read, counted from those of who had fewest when it came.
+        drafts: guesses at its next tokens; ``None`` where they are switched off.
     """
 
     sequence: Sequence
@@ -79,6 +81,13 @@ class Place:
     number: int
     was_sent_back: bool = False
     pieces: int = 0
+    drafts: Drafts | None = None
+
+    def draft(self, cost: float) -> list[int]:
+        """Guesses at what follows its next token."""
+        if self.drafts is None:
+            return []
+        return self.drafts.propose(self.sequence.room - len(self.sequence.token_ids), cost)
 
 
 class Batch:
@@ -96,6 +105,7 @@ class Batch:
         self._plan: HostPlan | None = None  # newer than the experts'
         self._real: Tensor | None = None  # which rows of the pass are no padding; None: all
         self._threads: ThreadChoice | None = None
+        self._times = PassTimes()
         self._waited_s = 0.0  # for hosts, in this pass
         self._numbers = itertools.count()
         self._lock = threading.Lock()
@@ -119,7 +129,8 @@ class Batch:
         Raises:
             Busy: too many wait already.
         """
-        place = Place(sequence, Chooser(sequence), on_end, next(self._numbers))
+        drafts = Drafts(sequence.ids) if sequence.sampling.prompt_lookup else None
+        place = Place(sequence, Chooser(sequence), on_end, next(self._numbers), drafts=drafts)
         with self._lock:
             if len(self._waiting) >= WAITING:
                 raise Busy(f"{len(self._waiting)} answers wait for their turn here", retry_after_s=RETRY_AFTER_S)
@@ -337,7 +348,7 @@ class Batch:
         for i, logits in enumerate(ready):
             place = self._rows[first + i]
             if logits is not None and self._cache.lengths[first + i] == len(place.sequence.ids):
-                self._advance(place, logits)
+                self._advance(place, logits[-1])
                 self._decoding += 1
         if self._decoding == first and first < len(self._rows):
             self._rows[first].pieces += 1
@@ -347,10 +358,39 @@ class Batch:
         """One more token for each answer whose prompt is through."""
         self._drop_ended()
         self._send_back()
-        if self._decoding:
-            for place, logits in zip(self._rows, self._pass(0, [1] * self._decoding), strict=False):
-                if logits is not None:
-                    self._advance(place, logits)
+        if not self._decoding:
+            return
+        rows = self._rows[: self._decoding]
+        longest = max(len(place.sequence.ids) for place in rows)
+        if self._cache.fits(len(self._rows), longest + MOST):
+            guesses = [place.draft(self._times.cost) for place in rows]
+        else:  # the memory is for what is known
+            guesses = [[] for _ in rows]
+        started = time.monotonic()
+        ready = self._pass(0, [1 + len(guess) for guess in guesses], guesses)
+        self._times.note(time.monotonic() - started, drafted=any(guesses))
+        for row, (place, guess, logits) in enumerate(zip(rows, guesses, ready, strict=True)):
+            if logits is not None:
+                self._accept(row, place, guess, logits)
+
+    def _accept(self, row: int, place: Place, guess: list[int], logits: Tensor) -> None:
+        """Choose token by token, as if each had a pass of its own, for as long as the guess was right.
+
+        Args:
+            logits: (1 + guessed, vocabulary).
+        """
+        sequence, right = place.sequence, 0
+        before = len(sequence.ids)
+        for number, scores in enumerate(logits):
+            self._advance(place, scores)
+            if sequence.has_ended or number == len(guess) or sequence.ids[-1] != guess[number]:
+                break
+            right += 1
+        if place.drafts is not None and guess:
+            place.drafts.note(right)
+            sequence.guessed_tokens += len(guess)
+            sequence.right_tokens += right
+            self._cache.cut(row, before + right)
 
     def _advance(self, place: Place, logits: Tensor) -> None:
         try:
@@ -358,28 +398,34 @@ class Batch:
         except Exception as error:  # noqa: BLE001 - a token that the tokenizer can't write costs its own answer only
             place.sequence.end("error", error)
 
-    def _pass(self, first: int, counts: list[int]) -> list[Tensor | None]:
-        """The logits (vocabulary,) after each row's new tokens; ``None`` for an answer that has failed."""
+    def _pass(self, first: int, counts: list[int], guesses: list[list[int]] | None = None) -> list[Tensor | None]:
+        """The logits (1 + guessed, vocabulary) after each row's last tokens; ``None`` for an answer that has failed.
+
+        Args:
+            guesses: tokens behind each row's own, which ``counts`` counts too.
+        """
+        guesses = guesses or [[]] * len(counts)
         try:
-            logits = self._forward(first, counts)
+            logits = self._forward(first, counts, guesses)
             self._cache.commit()
-            return list(logits)
+            return [each[len(each) - 1 - len(guess) :] for each, guess in zip(logits, guesses, strict=True)]
         except Stopped:
             return [None] * len(counts)
         except Exception as error:  # noqa: BLE001 - its asker gets it
             if len(counts) > 1:  # it concerns only those who fail by themselves, like those whose expert is missing
-                return [self._pass(first + i, [count])[0] for i, count in enumerate(counts)]
+                return [self._pass(first + i, [count], guesses[i : i + 1])[0] for i, count in enumerate(counts)]
             self._rows[first].sequence.end("error", error)
         return [None] * len(counts)
 
-    def _forward(self, first: int, counts: list[int]) -> Tensor:
-        """(rows, vocabulary). Its tokens are not committed."""
+    def _forward(self, first: int, counts: list[int], guesses: list[list[int]]) -> Tensor:
+        """(rows, 1 + most guessed, vocabulary). Its tokens are not committed."""
         sequences = [place.sequence for place in self._rows[first : first + len(counts)]]
         mask = self._cache.select(first, counts)
         width = self._cache.width
         ids = torch.zeros((len(counts), width), dtype=torch.long)
         for i, (sequence, start, count) in enumerate(zip(sequences, self._cache.starts, counts, strict=True)):
-            ids[i, width - count :] = torch.tensor(sequence.ids[start : start + count])
+            tokens = sequence.ids[start : start + count]
+            ids[i, width - count :] = torch.tensor(tokens + guesses[i] if guesses[i] else tokens)
         with self._lock:
             if all(sequence.is_cancelled for sequence in sequences):
                 raise Stopped
@@ -395,7 +441,7 @@ class Batch:
                     position_ids=self._cache.positions.to(device),
                     past_key_values=self._cache,
                     use_cache=True,
-                    logits_to_keep=1,
+                    logits_to_keep=1 + max(map(len, guesses)),
                 )
         finally:
             with self._lock:
@@ -404,7 +450,7 @@ class Batch:
             hosts, retries = self._experts.take_use()
             for sequence, count in zip(sequences, counts, strict=True):
                 sequence.note_use(hosts, retries, count / sum(counts))
-        return out.logits[:, -1]
+        return out.logits
 
     @contextlib.contextmanager
     def _take_threads(self, rows: int) -> Iterator[None]:

@@ -42,6 +42,8 @@ class Sent:
     share: Share
     call: PendingCall | Computed | DaaswarmError
     sent_bytes: int
+    codec: str = ""  # that the sums may come in
+    has_coded_rows: bool = False
 
     def is_over(self, now: float) -> bool:
         """There is an answer or an error, or will be none in time: waiting for it doesn't block."""

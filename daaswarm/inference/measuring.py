@@ -102,7 +102,7 @@ async def measure_trunk(
         batch.submit(sequence, plan, lambda: None)
         await requester.run_model(batch.compute, batch.work, batch.cancel_all)
     else:
-        await requester.run_model(experts, lambda: generate_alone(sequence, trunk.kept), experts.cancel)
+        await requester.run_model(experts, lambda: generate_alone(sequence, trunk.get_kept()), experts.cancel)
     if sequence.error is not None:
         raise sequence.error
     assert sequence.first_token_at is not None and sequence.ended_at is not None

@@ -9,7 +9,9 @@ from daaswarm.core.islands import choose_preferred
 from daaswarm.errors import NoPeerCouldServe
 from daaswarm.messages import Contact
 from daaswarm.models.sources import LocalModel
-from daaswarm.types import Dtype, ExpertId, ModelRoot, PeerId
+from daaswarm.types import CODECS, Dtype, ExpertId, ModelRoot, PeerId
+
+KNOWN_CODECS = frozenset(CODECS)
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class HostPlan:
     contacts: dict[PeerId, Contact]
     kind: str = "moe"
     preferred: frozenset[PeerId] = frozenset()  # asked as long as they can be; nobody: the fastest are
+    codecs: dict[PeerId, frozenset[str]] = field(default_factory=dict)  # that hosts take
     by_layer: dict[int, dict[int, list[PeerId]]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -67,12 +70,14 @@ def make_plan(model: LocalModel, known: list[Known], dtype: Dtype, island: froze
     holders: dict[ExpertId, list[PeerId]] = {}
     paused: dict[ExpertId, list[PeerId]] = {}
     contacts: dict[PeerId, Contact] = {}
+    codecs: dict[PeerId, frozenset[str]] = {}
     for item in known:
         advert = item.advert
         if advert.dtype != dtype or advert.kind != model.kind:
             continue
         peer = PeerId(advert.peer_id)
         contacts[peer] = Contact(peer_id=peer, addrs=advert.addrs)
+        codecs[peer] = frozenset(advert.codecs) & KNOWN_CODECS
         for layer, experts in item.experts.items():
             for expert in experts:
                 if expert < model.layers.get(layer, 0):
@@ -80,4 +85,6 @@ def make_plan(model: LocalModel, known: list[Known], dtype: Dtype, island: froze
                     wanted.setdefault(ExpertId(layer, expert), []).append(peer)
     holders = paused | holders
     preferred = choose_preferred(model.layers, holders, island)
-    return HostPlan(model.root, dtype, dict(model.layers), holders, contacts, kind=model.kind, preferred=preferred)
+    return HostPlan(
+        model.root, dtype, dict(model.layers), holders, contacts, kind=model.kind, preferred=preferred, codecs=codecs
+    )

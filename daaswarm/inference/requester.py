@@ -24,16 +24,19 @@ from daaswarm.inference.rope import separate_ropes
 from daaswarm.inference.sequence import Sequence
 from daaswarm.inference.swarm_experts import LocalCompute, Stopped, SwarmExperts
 from daaswarm.inference.text_stream import TextStream
+from daaswarm.models.devices import choose_device, explaining_full
 from daaswarm.models.manifest import Progress
 from daaswarm.models.sources import LocalModel
 from daaswarm.models.trunk import ExpertsFn, load_tokenizer, load_trunk
 from daaswarm.net.network import Network, connect_all
-from daaswarm.types import DTYPE_BYTES, Dtype, ModelRoot, PeerId
+from daaswarm.types import CODECS, DTYPE_BYTES, Codec, Dtype, ModelRoot, PeerId
 
 TRUNKS = 2  # kept loaded by a node: the model in use and the one before
+BATCHES = TRUNKS * (1 + len(CODECS))  # of answers that share passes
 ALONE = 8  # answers at once of models that can't share passes; each is a thread, more wait
 ENCODING = 2  # prompts at once that become tokens
 CONNECT_S = 3.0  # in which hosts found in the middle of an answer are connected; it doesn't wait for the silent ones
+DEVICE_KEY = "infer.device"
 
 FindHosts = Callable[[LocalModel, Dtype], Awaitable[HostPlan]]
 Emit = Callable[[dict[str, Any]], Awaitable[None]]
@@ -46,8 +49,8 @@ class Trunk:
 
     Attributes:
         can_batch: its answers share forward passes.
-        batch: where they do, once there was one.
-        kept: what answers that don't leave for the next one.
+        batches: where they do, by the codec that their hosts are asked in: an answer never continues with keys and
+            values that came of another codec.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -55,14 +58,19 @@ class Trunk:
         self.tokenizer = tokenizer
         self.parameters = sum(p.numel() for p in model.parameters())
         self.can_batch = can_batch(model)
-        self.batch: Batch | None = None
-        self.kept = KeptCache(model)
+        self.batches: dict[Codec, Batch] = {}
+        self._kept: dict[Codec, KeptCache] = {}
+
+    def get_kept(self, codec: Codec = "none") -> KeptCache:
+        """What answers that don't share passes leave for the next one in the same codec. Call from trio."""
+        return self._kept.setdefault(codec, KeptCache(self.model))
 
     def forget(self) -> None:
         """Keep nothing of earlier answers."""
-        self.kept.clear()
-        if self.batch is not None:
-            self.batch.forget()
+        for kept in self._kept.values():
+            kept.clear()
+        for batch in self.batches.values():
+            batch.forget()
 
 
 class SharedRouter(ReplicaRouter):
@@ -120,6 +128,10 @@ class Requester:
         local: computes a call with this node's own experts.
         note_gone: is told of a host that didn't answer, so that no other answer waits for it.
         threads: torch's threads; 0 leaves torch's choice.
+        device: where trunks compute, as the setting ``infer.device`` says it.
+
+    Raises:
+        ConfigError: there is no such device.
     """
 
     def __init__(
@@ -132,7 +144,9 @@ class Requester:
         local: LocalCompute | None = None,
         note_gone: Callable[[PeerId], None] | None = None,
         threads: int = 0,
+        device: str = "cpu",
     ) -> None:
+        self._device = choose_device(device, key=DEVICE_KEY)
         if threads:
             torch.set_num_threads(threads)
         self._network = network
@@ -145,7 +159,7 @@ class Requester:
         self._router = SharedRouter(random.Random())
         self._trunks: dict[tuple[ModelRoot, Dtype], Trunk] = {}
         self._loading = trio.Lock()
-        self._model_threads = trio.CapacityLimiter(TRUNKS + ALONE)  # not trio's own, which files and names share
+        self._model_threads = trio.CapacityLimiter(BATCHES + ALONE)  # not trio's own, which files and names share
         self._alone = trio.CapacityLimiter(ALONE)
         self._encoding = trio.CapacityLimiter(ENCODING)
         # What the model has of its own in this thread: .compute (ExpertsFn) and .ropes.
@@ -171,10 +185,13 @@ class Requester:
             return self._current.compute(layer, rows, index, weights)
 
         trunk = load_trunk(model, dtype, experts, progress)
+        if self._device.type != "cpu":
+            with explaining_full(self._device, DEVICE_KEY):
+                trunk.to(self._device)  # type: ignore[arg-type]
         separate_ropes(trunk, lambda: self._current.ropes)
         return Trunk(trunk, load_tokenizer(model))
 
-    def make_experts(self, model: LocalModel, plan: HostPlan) -> SwarmExperts:
+    def make_experts(self, model: LocalModel, plan: HostPlan, codec: Codec = "none") -> SwarmExperts:
         """The experts of one answer, or of one batch. Call from trio; the object then lives in the model's thread."""
         return SwarmExperts(
             plan,
@@ -185,6 +202,7 @@ class Requester:
             model_name=model.name,
             local=self._local,
             note_gone=self._note_gone_from_thread,
+            codec=codec,
         )
 
     def _note_gone_from_thread(self, peer: PeerId) -> None:
@@ -200,9 +218,12 @@ class Requester:
         return plan
 
     async def answer(
-        self, model: LocalModel, trunk: Trunk, plan: HostPlan, prompt: Prompt, emit: Emit
+        self, model: LocalModel, trunk: Trunk, plan: HostPlan, prompt: Prompt, emit: Emit, codec: Codec = "none"
     ) -> dict[str, Any]:
         """Generate; pieces of text go to ``emit`` as they come.
+
+        Args:
+            codec: of rows and sums, with the hosts that take it.
 
         Raises:
             NoPeerCouldServe: with the text so far.
@@ -231,7 +252,7 @@ class Requester:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pass_on)
-            await self.complete(model, trunk, plan, sequence)
+            await self.complete(model, trunk, plan, sequence, codec)
             send.close()  # in trio's queue behind the last piece, so pass_on sees all of it first
         error = sequence.error
         if isinstance(error, NoPeerCouldServe):
@@ -240,23 +261,27 @@ class Requester:
             raise DaaswarmError("the node is leaving: the answer was not finished") from error
         if error is not None:
             raise error
-        return describe(model, trunk, plan, sequence)
+        return describe(model, trunk, plan, sequence, codec)
 
-    async def complete(self, model: LocalModel, trunk: Trunk, plan: HostPlan, sequence: Sequence) -> None:
+    async def complete(
+        self, model: LocalModel, trunk: Trunk, plan: HostPlan, sequence: Sequence, codec: Codec = "none"
+    ) -> None:
         """Run a sequence to its end; an error is left in it. Cancelling ends its calls.
 
         Raises:
             Busy: too many answers wait already.
         """
         if trunk.can_batch:
-            await self._complete_together(model, trunk, plan, sequence)
+            await self._complete_together(model, trunk, plan, sequence, codec)
         else:
-            await self._complete_alone(model, trunk, plan, sequence)
+            await self._complete_alone(model, trunk, plan, sequence, codec)
 
-    async def _complete_together(self, model: LocalModel, trunk: Trunk, plan: HostPlan, sequence: Sequence) -> None:
-        if trunk.batch is None:
-            trunk.batch = Batch(trunk.model, self.make_experts(model, plan))
-        batch = trunk.batch
+    async def _complete_together(
+        self, model: LocalModel, trunk: Trunk, plan: HostPlan, sequence: Sequence, codec: Codec
+    ) -> None:
+        if codec not in trunk.batches:
+            trunk.batches[codec] = Batch(trunk.model, self.make_experts(model, plan, codec))
+        batch = trunk.batches[codec]
         ended = trio.Event()
         in_trio = trio.lowlevel.current_trio_token().run_sync_soon
         if batch.submit(sequence, plan, lambda: in_trio(ended.set)):
@@ -278,9 +303,11 @@ class Requester:
             batch.end_all(Stopped())
             raise
 
-    async def _complete_alone(self, model: LocalModel, trunk: Trunk, plan: HostPlan, sequence: Sequence) -> None:
+    async def _complete_alone(
+        self, model: LocalModel, trunk: Trunk, plan: HostPlan, sequence: Sequence, codec: Codec
+    ) -> None:
         async with self._alone:
-            experts = self.make_experts(model, plan)
+            experts, kept = self.make_experts(model, plan, codec), trunk.get_kept(codec)
 
             def stop() -> None:
                 sequence.is_cancelled = True
@@ -288,7 +315,7 @@ class Requester:
 
             def work() -> None:
                 try:
-                    generate_alone(sequence, trunk.kept)
+                    generate_alone(sequence, kept)
                 except Exception as error:  # noqa: BLE001 - whoever asked gets it
                     sequence.end("error", error)
                 finally:
@@ -330,7 +357,9 @@ class Requester:
         return done.unwrap()
 
 
-def describe(model: LocalModel, trunk: Trunk, plan: HostPlan, sequence: Sequence) -> dict[str, Any]:
+def describe(
+    model: LocalModel, trunk: Trunk, plan: HostPlan, sequence: Sequence, codec: Codec = "none"
+) -> dict[str, Any]:
     """The result object of the command contract."""
     tokens = len(sequence.token_ids)
     first_s = sequence.first_token_at - sequence.started_at if sequence.first_token_at else sequence.seconds
@@ -344,6 +373,7 @@ def describe(model: LocalModel, trunk: Trunk, plan: HostPlan, sequence: Sequence
             "rows": round(use.rows),
             "bytes_sent": round(use.bytes_sent),
             "bytes_received": round(use.bytes_received),
+            "coded_calls": use.coded_calls,
             "p50_ms": round(statistics.median(use.latencies_s) * 1000, 3) if use.latencies_s else 0.0,
         }
         for peer, use in sorted(sequence.hosts.items())
@@ -353,9 +383,12 @@ def describe(model: LocalModel, trunk: Trunk, plan: HostPlan, sequence: Sequence
         "model": model.name,
         "model_root": model.root,
         "dtype": plan.dtype,
+        "codec": codec,
         "finish_reason": sequence.finish_reason,
         "prompt_tokens": sequence.prompt_tokens,
         "reused_tokens": sequence.reused_tokens,
+        "guessed_tokens": sequence.guessed_tokens,
+        "right_tokens": sequence.right_tokens,
         "completion_tokens": tokens,
         "tokens_per_s": round(tokens / sequence.seconds, 3) if sequence.seconds else 0.0,
         "time_to_first_token_s": round(first_s, 4),

@@ -24,6 +24,7 @@ class Sampling:
     Attributes:
         temperature: 0 is greedy.
         min_tokens: the answer doesn't end by itself before.
+        prompt_lookup: guess at tokens, where that is measured to be faster. The answer is the same.
     """
 
     max_tokens: int = 256
@@ -31,6 +32,7 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+    prompt_lookup: bool = True
 
 
 class SampleOnce(LogitsProcessor):
@@ -76,6 +78,8 @@ class Sequence:
     is_cancelled: bool = False
     error: BaseException | None = None
     finish_reason: str = "stop"
+    guessed_tokens: int = 0  # by prompt lookup
+    right_tokens: int = 0  # of these
     reused_tokens: int = 0  # of the prompt, whose keys and values were there from an earlier answer
 
     def __post_init__(self) -> None:

@@ -33,9 +33,11 @@ from daaswarm.inference.plan import HostPlan
 from daaswarm.inference.shares import Share
 from daaswarm.inference.use import LATENCIES, HostUse
 from daaswarm.messages import ExpertCall, ExpertReply
+from daaswarm.models import codecs
+from daaswarm.models.devices import to_device, to_host
 from daaswarm.net.network import Network
 from daaswarm.net.pending import PendingCall
-from daaswarm.types import PeerId
+from daaswarm.types import Codec, PeerId
 
 ROWS_PER_CALL = 512  # a longer prefill travels as several calls, so that hosts start before all is sent
 BUSY_RETRIES = 20  # times that one share waits for a busy host before the host counts as failing
@@ -67,6 +69,7 @@ class SwarmExperts:
         model_name: for messages.
         local: computes the calls that the router gives to this node itself.
         note_gone: is told of a host that may have died (from the model's thread).
+        codec: in which hosts that take it get rows and give sums; this node's own experts never.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class SwarmExperts:
         model_name: str,
         local: LocalCompute | None = None,
         note_gone: Callable[[PeerId], None] | None = None,
+        codec: Codec = "none",
     ) -> None:
         self.plan = plan
         self.hosts: dict[PeerId, HostUse] = {}
@@ -93,6 +97,8 @@ class SwarmExperts:
         self._local = local
         self._note_gone = note_gone
         self._dtype = TORCH_DTYPES[plan.dtype]
+        self._codec = "" if codec == "none" else codec
+        self._coded: tuple[torch.Tensor, memoryview | None] | None = None  # the rows encoded last
         self._dead: set[PeerId] = set()
         self._silent: dict[PeerId, float] = {}  # since when: other answers that need them don't wait as long again
         self._in_flight: list[PendingCall] = []
@@ -116,7 +122,7 @@ class SwarmExperts:
             Stopped: the answer was cancelled.
             TooLarge, LocalProtocolError: the model's rows don't fit a call, or a bug here; no host is to blame.
         """
-        wire_rows = rows.detach().to("cpu", self._dtype).contiguous()
+        wire_rows = to_host(rows.detach(), self._dtype)
         if index is None or weights is None:
             if len(rows) <= ROWS_PER_CALL:
                 whole = [Share(self._slices[layer], wire_rows, None)]
@@ -134,14 +140,14 @@ class SwarmExperts:
             whole = self._make_pair_shares(wire_rows, index.detach().cpu(), weights.detach().float().cpu())
         parts = self._compute(layer, whole)
         if len(parts) == 1 and parts[0][0] is None:
-            return parts[0][1].to(rows.device, rows.dtype)
+            return to_device(parts[0][1], rows.device, rows.dtype)
         total = torch.zeros(rows.shape, dtype=torch.float32)
         for into, part in parts:
             if into is None:
                 total += part
             else:
                 total.index_add_(0, into, part)
-        return total.to(rows.device, rows.dtype)
+        return to_device(total, rows.device, rows.dtype)
 
     def take_use(self) -> tuple[dict[PeerId, HostUse], int]:
         """What each host did since the last time, and how many calls were tried again."""
@@ -329,7 +335,8 @@ class SwarmExperts:
     def _send(self, layer: int, peer: PeerId, share: Share) -> Sent:
         if self.stop.is_set():
             raise Stopped
-        call, body = self._make_call(layer, share)
+        codec = self._codec if self._codec and self._codec in self.plan.codecs.get(peer, ()) else ""
+        call, body = self._make_call(layer, share, codec)
         size = sum(len(part) for part in body)
         deadline_s = self._get_deadline_s(layer, peer, share)
         try:
@@ -339,13 +346,13 @@ class SwarmExperts:
         except DaaswarmError as error:
             return Sent(peer, share, error, size)
         self._in_flight.append(pending)
-        return Sent(peer, share, pending, size)
+        return Sent(peer, share, pending, size, codec=codec, has_coded_rows=bool(call.codec))
 
     def _compute_here(self, layer: int, share: Share) -> Sent:
         if self.stop.is_set():
             raise Stopped
         assert self._local is not None
-        call, parts = self._make_call(layer, share)
+        call, parts = self._make_call(layer, share, "")
         body = bytearray().join(parts)
         started = time.monotonic()
         try:
@@ -357,7 +364,8 @@ class SwarmExperts:
         computed = Computed(reply, memoryview(bytearray().join(sums)), time.monotonic() - started)
         return Sent(self._network.peer_id, share, computed, len(body))
 
-    def _make_call(self, layer: int, share: Share) -> tuple[ExpertCall, list[memoryview]]:
+    def _make_call(self, layer: int, share: Share, codec: str) -> tuple[ExpertCall, list[memoryview]]:
+        coded = self._encode(share.rows, codec) if codec else None
         call = ExpertCall(
             model_root=self.plan.root,
             layer=layer,
@@ -366,8 +374,10 @@ class SwarmExperts:
             rows=share.rows.shape[0],
             hidden=share.rows.shape[1],
             pairs=0 if share.pair_rows is None else len(share.pair_rows),
+            codec="" if coded is None else codec,
+            reply_codec=codec,
         )
-        body = [as_bytes(share.rows)]
+        body = [as_bytes(share.rows) if coded is None else coded]
         if share.pair_rows is not None and share.pair_experts is not None and share.pair_weights is not None:
             body += [
                 as_bytes(share.pair_rows.to(torch.int32)),
@@ -375,6 +385,14 @@ class SwarmExperts:
                 as_bytes(share.pair_weights),
             ]
         return call, body
+
+    def _encode(self, rows: torch.Tensor, codec: str) -> memoryview | None:
+        """``None`` if that isn't worth it, or not possible: then they go as they are."""
+        if codecs.get_bytes(codec, *rows.shape) >= rows.nbytes:
+            return None
+        if self._coded is None or self._coded[0] is not rows:  # several hosts get the same
+            self._coded = rows, codecs.encode(rows, codec)
+        return self._coded[1]
 
     def _get_deadline_s(self, layer: int, peer: PeerId, share: Share) -> float:
         """Short only while others could do all of the share instead: a slow host is better than none."""
@@ -444,7 +462,7 @@ class SwarmExperts:
             DaaswarmError: there is none, or a bad one.
         """
         reply, body = self._wait(item.call)
-        sums = self._read(item.share, reply, body)
+        sums = self._read(item, reply, body)
         self._note_reply(item, reply, len(body))
         return item.share.into, sums
 
@@ -461,8 +479,16 @@ class SwarmExperts:
             raise RemoteProtocolError(f"an expert call was answered by {type(reply).__name__}")
         return reply, body
 
-    def _read(self, share: Share, reply: ExpertReply, body: memoryview) -> torch.Tensor:
+    def _read(self, item: Sent, reply: ExpertReply, body: memoryview) -> torch.Tensor:
+        share = item.share
         rows, hidden = share.rows.shape
+        if reply.codec:
+            if reply.codec != item.codec or (reply.rows, reply.hidden) != (rows, hidden):
+                raise RemoteProtocolError(
+                    f"an expert reply has {reply.rows} x {reply.hidden} rows in codec {reply.codec!r}; "
+                    f"{rows} x {hidden} in {item.codec or 'none'} were due"
+                )
+            return codecs.decode(body, reply.codec, rows, hidden, torch.float32)
         if (reply.rows, reply.hidden) != (rows, hidden) or len(body) != rows * hidden * 4:
             raise RemoteProtocolError(
                 f"an expert reply has {reply.rows} x {reply.hidden} rows in {len(body)} bytes; "
@@ -492,6 +518,7 @@ class SwarmExperts:
         )
         use = self.hosts.setdefault(item.peer, HostUse())
         use.calls += 1
+        use.coded_calls += bool(item.has_coded_rows or reply.codec)
         use.rows += len(share.rows)
         use.bytes_sent += item.sent_bytes
         use.bytes_received += size

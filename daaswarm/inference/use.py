@@ -15,11 +15,13 @@ class HostUse:
     rows: float = 0
     bytes_sent: float = 0
     bytes_received: float = 0
+    coded_calls: int = 0  # whose rows or sums went in the codec asked for
     latencies_s: list[float] = field(default_factory=list)
 
     def add(self, other: HostUse, share: float) -> None:
         """Count ``share`` of another's rows and bytes, and each of its calls."""
         self.calls += other.calls
+        self.coded_calls += other.coded_calls
         self.rows += other.rows * share
         self.bytes_sent += other.bytes_sent * share
         self.bytes_received += other.bytes_received * share

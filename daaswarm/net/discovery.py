@@ -45,7 +45,7 @@ from daaswarm.messages import (
 from daaswarm.net.finding import Finder, IsEnough, OnRecords
 from daaswarm.net.network import Network
 from daaswarm.net.spreading import Spreader
-from daaswarm.types import Dtype, ModelRoot, PeerId
+from daaswarm.types import CODECS, Dtype, ModelRoot, PeerId
 
 LOOKUP_S = 15.0  # a whole lookup; each request in it has its own, shorter deadline
 
@@ -163,6 +163,7 @@ class Discovery:
         *,
         paused: bool = False,
         tags: Iterable[str] = (),
+        device: str = "cpu",
     ) -> None:
         """Tell the swarm what this node serves of a model, from now on."""
         assert self._network.contact is not None
@@ -173,12 +174,13 @@ class Discovery:
             kind=kind,
             held={layer: to_bitmap(experts) for layer, experts in held.items()},
             dtype=dtype,
-            device="cpu",
+            device=device,
             addrs=self._network.contact.addrs,
             seq=0,
             expires_at=0.0,
             paused=paused,
             tags=list(tags),
+            codecs=list(CODECS),
         )
         self.spreader.perform(self.membership.advertise(advert, time.time()))
         self._apply(self.kademlia.publish(bytes.fromhex(root), time.time()))

@@ -178,9 +178,9 @@ class _Door:
             check()
             return await self._handler(peer, contact, message, body, deadline_s)
 
-        def handle_inline(peer: PeerId, message: Request, body: memoryview) -> Answer | None:
+        def handle_inline(peer: PeerId, message: Request, body: memoryview, deadline_s: float) -> Answer | None:
             check()
-            return self._fast_handler(peer, message, body) if self._fast_handler is not None else None
+            return self._fast_handler(peer, message, body, deadline_s) if self._fast_handler is not None else None
 
         connection = Connection(
             inner,

@@ -25,9 +25,10 @@ Handler = Callable[[PeerId, Contact | None, Request, memoryview, float], Awaitab
 ``DaaswarmError`` to refuse; it keeps its name across the wire. Cancelled when the deadline passes, or the peer gives up
 or is gone."""
 
-FastHandler = Callable[[PeerId, Request, memoryview], Answer | None]
-"""Tried first, in trio's thread, without a task; ``None`` sends the request the :data:`Handler`'s way. When many
-requests arrive at once it isn't asked for all of them, so the handler must be able to serve everything."""
+FastHandler = Callable[[PeerId, Request, memoryview, float], Answer | None]
+"""``(peer, request, body, deadline_s)``. Tried first, in trio's thread, without a task; ``None`` sends the request the
+:data:`Handler`'s way. When many requests arrive at once it isn't asked for all of them, so the handler must be able to
+serve everything."""
 
 
 class Network(Protocol):

@@ -95,7 +95,7 @@ class Serving:
             return
         if inline and self._fast_handler is not None:
             try:
-                answer = self._fast_handler(self._connection.peer_id, request.message, request.body)
+                answer = self._fast_handler(self._connection.peer_id, request.message, request.body, request.deadline_s)
             except DaaswarmError as error:
                 answer = get_failure(error), ()
             except Exception:  # a bug of ours costs the call that met it, not the node

@@ -160,7 +160,7 @@ class Answering:
         await self.connect_hosts(plan)
         requester = await self.get_requester()
         trunk = await requester.load(model, plan.dtype, make_progress(emit))
-        return await requester.answer(model, trunk, plan, make_prompt(params), emit)
+        return await requester.answer(model, trunk, plan, make_prompt(params), emit, params.get("codec", "none"))
 
     async def _prepare(self, model: LocalModel, dtype: Dtype, emit: Emit) -> None:
         """Have the trunk in memory before it is needed."""
@@ -210,6 +210,7 @@ class Answering:
                     local=self._compute_locally,
                     note_gone=self._discovery.spreader.note_failed,
                     threads=self._config.infer.threads,
+                    device=self._config.infer.device,
                 )
             return self._requester
 
@@ -258,5 +259,6 @@ def make_prompt(params: Event) -> Prompt:
             temperature=params["temperature"],
             top_p=params["top_p"],
             seed=params["seed"],
+            prompt_lookup=params.get("prompt_lookup", True),
         ),
     )

@@ -119,14 +119,16 @@ class SwarmCoordinator:
 
     # -- answering others ---------------------------------------------------------------------------------------
 
-    def handle_inline(self, peer: PeerId, message: Request, body: memoryview) -> tuple[Reply, Sequence[Buffer]] | None:
-        """Small expert calls, computed where they arrive."""
+    def handle_inline(
+        self, peer: PeerId, message: Request, body: memoryview, deadline_s: float
+    ) -> tuple[Reply, Sequence[Buffer]] | None:
+        """Small expert calls, computed where they arrive; and those that there is no room for, refused."""
         if not isinstance(message, ExpertCall) or self.hosting.service is None:
             return None
         if not self.neighbour.may_send_now(message.rows * message.hidden * SUM_BYTES):
             return None
         with self.memory.noting_refusal(peer, message, self.hosting.service):
-            answer = self.hosting.service.serve_inline(peer, message, body)
+            answer = self.hosting.service.serve_inline(peer, message, body, deadline_s)
         if answer is not None:
             self.neighbour.note_sent(message.rows * message.hidden * SUM_BYTES)
             self.memory.note_served(peer, message, body, answer[1])

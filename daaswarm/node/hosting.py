@@ -72,6 +72,7 @@ class Hosting:
         self.changing = trio.Lock()  # what is served grows by one change at a time: each rests on what is held
         self._threads = config.host.threads
         self._tags = config.host.tags
+        self._device = config.host.device
         self._discovery = discovery
         self._pause: Pause | None = None
         self._reserved = 0  # bytes of experts that are being read
@@ -211,7 +212,7 @@ class Hosting:
 
         fingerprint = await trio.to_thread.run_sync(take_fingerprint, model.folder, abandon_on_cancel=True)
         loaded = await trio.to_thread.run_sync(
-            load_hosted, model, held, dtype, make_progress(emit), abandon_on_cancel=True
+            load_hosted, model, held, dtype, make_progress(emit), self._device, abandon_on_cancel=True
         )
         self._read[model.root] = model, fingerprint
         self._changed.pop(model.root, None)
@@ -246,7 +247,14 @@ class Hosting:
         else:
             held = {layer: list(experts.ids) for layer, experts in hosted.layers.items()}
             self._discovery.advertise(
-                root, hosted.name, hosted.kind, held, hosted.dtype, paused=self._pause is not None, tags=self._tags
+                root,
+                hosted.name,
+                hosted.kind,
+                held,
+                hosted.dtype,
+                paused=self._pause is not None,
+                tags=self._tags,
+                device=hosted.device,
             )
 
     async def _choose_beside(self, wish: Wish) -> dict[int, list[int]]:

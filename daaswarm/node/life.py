@@ -101,8 +101,10 @@ async def _open_parts(
 ) -> AsyncIterator[SwarmCoordinator]:
     coordinator: SwarmCoordinator
 
-    def handle_inline(peer: PeerId, message: Request, body: memoryview) -> tuple[Reply, Sequence[Buffer]] | None:
-        return coordinator.handle_inline(peer, message, body)
+    def handle_inline(
+        peer: PeerId, message: Request, body: memoryview, deadline_s: float
+    ) -> tuple[Reply, Sequence[Buffer]] | None:
+        return coordinator.handle_inline(peer, message, body, deadline_s)
 
     async def handle(
         peer: PeerId, contact: Contact | None, message: Request, body: memoryview, deadline_s: float

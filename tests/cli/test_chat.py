@@ -24,10 +24,14 @@ from tests.e2e.terminal import CTRL_C, CTRL_D, ENTER, ESCAPE, terminal
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'][0] }}{{ m['content'] }}{% endfor %}a"
 
-HOST = {"peer_id": "12D3KooWx", "calls": 3, "rows": 4, "bytes_sent": 500, "bytes_received": 6000, "p50_ms": 1.5}
+HOST = {
+    "peer_id": "12D3KooWx", "calls": 3, "rows": 4, "bytes_sent": 500, "bytes_received": 6000, "coded_calls": 0,
+    "p50_ms": 1.5,
+}  # fmt: skip
 RESULT = {
-    "text": "", "model": "m", "model_root": "ab" * 32, "dtype": "f32", "prompt_tokens": 9, "reused_tokens": 5,
-    "completion_tokens": 2, "tokens_per_s": 7.0, "calls": 3, "retries": 1, "hosts": [HOST], "embedded": True,
+    "text": "", "model": "m", "model_root": "ab" * 32, "dtype": "f32", "codec": "none",
+    "prompt_tokens": 9, "reused_tokens": 5, "completion_tokens": 2, "tokens_per_s": 7.0, "calls": 3, "retries": 1,
+    "hosts": [HOST], "embedded": True,
 }  # fmt: skip
 
 

@@ -101,11 +101,12 @@ GROUPS = sorted({tuple(command.words[:-1]) for command in COMMANDS})
 WITHOUT_SETTINGS = {
     "completion show", "completion install", "config path", "logs", "reset", "bench expert", "peers list",
     "expert deploy", "expert remove", "model list", "model remove", "bench dht", "bench sim",
-    "bench moe",
+    "bench moe", "bench load",
     "swarm create", "swarm add", "swarm remove",
 }  # fmt: skip
 WITHOUT_FOLDER = {
     "completion show", "completion install", "bench expert", "bench parity", "bench dht", "bench sim", "bench moe",
+    "bench load",
 }  # fmt: skip
 
 
@@ -289,6 +290,8 @@ BAD: list[tuple[list[str], list[str], int, str, str]] = [
     (["bench", "expert"], ["--dim", "0"], 2, "--dim", "--help"),
     (["bench", "expert"], ["--dim", "65536", "--batch", "65536"], 2, "a call takes", "--batch"),
     (["bench", "expert"], ["--expert", "ffn", "--dim", "9000"], 2, "8192", "--dim"),
+    (["bench", "load"], ["--callers", "0"], 2, "--callers", "--help"),
+    (["bench", "load"], ["--plot", "no-such-folder/load.png"], 2, "no-such-folder", "exists"),
     (["bench", "moe"], ["--how", "magic"], 2, "magic", "kill or stop"),
     (["bench", "moe"], ["--k", "21"], 2, "--k 21 of --experts 20", "--k 20"),
     (["bench", "moe"], ["--replicas", "11"], 2, "--replicas 11 on --hosts 10", "--replicas 10"),

@@ -8,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from swarm_driver import NOW
 
 from daaswarm.core.admission import (
+    BATCH_S,
     FEW_IN_A_ROW,
     HELD_BYTES,
     HELD_BYTES_PER_PEER,
@@ -168,6 +169,21 @@ def test_what_has_no_group_or_is_too_large_is_computed_alone() -> None:
     admission = Admission()
     alone = [put(admission, A, None), put(admission, A, None), put(admission, A, "x", 3.0), put(admission, A, "x")]
     assert [admission.next_batch() for _ in alone] == [[ticket] for ticket in alone]
+
+
+def test_a_batch_is_not_expected_to_take_long() -> None:
+    admission = Admission()
+    slow = put(admission, A, None)
+    assert admission.next_batch() == [slow]
+    admission.finish(slow, BATCH_S / 2.5)  # one row
+    waiting = [put(admission, A, "x", share=0.01) for _ in range(5)]
+    assert [len(admission.next_batch()) for _ in range(3)] == [2, 2, 1]
+    for ticket in waiting:
+        admission.finish(ticket, 2 * BATCH_S)
+    first, second = put(admission, A, "x"), put(admission, A, "x")
+    assert admission.next_batch() == [first]  # one in any case
+    assert admission.next_batch() == [second]
+    admission.validate()
 
 
 def test_few_rows_go_first_and_many_are_not_forgotten() -> None:

@@ -81,6 +81,37 @@ def test_two_hosts_with_half_of_each_layer(tiny: Tiny, moe: Path, tmp_path: Path
     assert stdin["text"] == answer["text"]
 
 
+def test_answers_in_a_codec_on_a_running_node(tiny: Tiny) -> None:
+    prompt = "A prompt that is long enough to be kept"
+    plain, again, coded = (
+        ask(tiny.model, prompt, "--codec", codec, "--data-dir", tiny.joined) for codec in ("none", "none", "int8")
+    )
+    assert again["reused_tokens"] > 0 and coded["reused_tokens"] == 0  # its keys and values came of other sums
+    assert (plain["codec"], coded["codec"]) == ("none", "int8")
+    assert len(coded["hosts"]) == 2
+    for host in coded["hosts"]:
+        assert host["coded_calls"] == host["calls"] > 0
+    assert all(host["coded_calls"] == 0 for host in plain["hosts"])
+    assert sum(h["bytes_received"] for h in coded["hosts"]) < 0.4 * sum(h["bytes_received"] for h in plain["hosts"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--codec", "zstd"), "--codec: infer.codec = 'zstd' is not valid"),
+        (("--device", "gpu"), "--device: infer.device = 'gpu' is not valid"),
+        (("--device", "cuda:99"), "infer.device = 'cuda:99': "),
+    ],
+)
+def test_codecs_and_devices_that_are_not_there(
+    tiny: Tiny, tmp_path: Path, options: tuple[str, str], message: str
+) -> None:
+    done = run(
+        "infer", "Hi", *options, "--model", tiny.model, "--bootstrap", tiny.bootstrap, "--data-dir", str(tmp_path)
+    )
+    assert done.returncode == 2 and message in done.stderr
+
+
 def test_two_answers_at_the_same_time_on_a_running_node(tiny: Tiny, moe: Path) -> None:
     prompts = ["One", "Two"]
     with ThreadPoolExecutor() as pool:

@@ -28,6 +28,12 @@ def make_calls(kind: str) -> list[Call]:
     return calls
 
 
+@pytest.fixture(autouse=True)
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long a batch would take, which hangs on the machine, doesn't cut it short."""
+    monkeypatch.setattr("daaswarm.core.admission.BATCH_S", 1e6)
+
+
 async def hold_back(service: ExpertService, layer: ScaledLayer, nursery: trio.Nursery, kind: str) -> None:
     """Something is being computed until ``layer.gate`` opens."""
     layer.gate = threading.Event()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import struct
 import threading
 from collections.abc import Iterator
@@ -84,6 +85,11 @@ def read(reply: ExpertReply, parts: object) -> torch.Tensor:
 
 
 ROWS = torch.arange(1.0, 7.0).view(2, HIDDEN)
+
+
+def test_modules_are_no_longer_searched_for_garbage() -> None:
+    make_service("dense")
+    assert gc.get_freeze_count() > 10_000  # torch's alone are more
 
 
 def test_slices_are_summed() -> None:
@@ -317,6 +323,10 @@ async def test_busy_names_when_to_come_back(
         with pytest.raises(Busy, match="2 calls of this peer") as info:
             await service.serve(ME, *make_call(ROWS), 30.0)
         assert info.value.retry_after_s > 0
+        monkeypatch.setattr("daaswarm.experts.service.INLINE_BYTES", 0)
+        with pytest.raises(Busy, match="2 calls of this peer"):  # without a task
+            service.serve_inline(ME, *make_call(ROWS), 30.0)
+        assert service.serve_inline(YOU, *make_call(ROWS), 30.0) is None
         nursery.start_soon(service.serve, YOU, *make_call(ROWS), 30.0)  # another peer still gets in
         await trio.testing.wait_all_tasks_blocked(0.01)
         assert layer.gate is not None

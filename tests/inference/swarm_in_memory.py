@@ -54,11 +54,13 @@ class Host:
             return await self.behave(self, message, body)
         return await self.service.serve(peer, message, body, deadline_s)
 
-    def handle_inline(self, peer: PeerId, message: Request, body: memoryview) -> tuple[Reply, Sequence[Any]] | None:
+    def handle_inline(
+        self, peer: PeerId, message: Request, body: memoryview, deadline_s: float
+    ) -> tuple[Reply, Sequence[Any]] | None:
         if self.behave is not None or not isinstance(message, ExpertCall):
             return None
         self.calls.append(message)
-        answer = self.service.serve_inline(peer, message, body)
+        answer = self.service.serve_inline(peer, message, body, deadline_s)
         if answer is None:
             self.calls.pop()
         return answer

@@ -295,11 +295,12 @@ def test_the_plan_believes_only_what_the_model_has(model: LocalModel) -> None:
         advertise(1, {0: [0, 7, 8, 5000], 3: [0], 65_535: [1]}),
         advertise(2, {0: [0]}, dtype="bf16"),
         advertise(3, {0: [0]}, kind="dense"),
-        advertise(4, {0: [0]}),
+        advertise(4, {0: [0]}, codecs=["f16", "none", "zstd"]),
     ]
     plan = make_plan(model, known, "f32")
     one, four = PeerId("1" * 52), PeerId("4" * 52)
     assert plan.holders == {ExpertId(0, 0): [one, four], ExpertId(0, 7): [one]}
+    assert plan.codecs == {one: frozenset(), four: frozenset(["f16"])}
     assert set(plan.contacts) == {one, four} and plan.contacts[one].addrs == ["/memory/1"]
     assert plan.get_missing() == {0: [1, 2, 3, 4, 5, 6], 1: list(range(8)), 2: list(range(8))}
     assert plan.get_missing(frozenset([one]))[0] == [1, 2, 3, 4, 5, 6, 7]

@@ -21,7 +21,7 @@ from daaswarm.net.memory import MemoryHub
 BIG = bytes(range(256)) * 30_000  # 7.7 MB, two windows
 
 
-def serve_fast(peer_id, message, body):
+def serve_fast(peer_id, message, body, deadline_s):
     if isinstance(message, ExpertCall) and message.layer == 1:
         return ExpertReply(rows=1, hidden=1), [body]
     if isinstance(message, ExpertCall) and message.layer == 2:
@@ -61,7 +61,7 @@ async def test_a_bug_in_a_handler_costs_one_call(caplog):
 
 
 async def test_a_bug_in_the_fast_handler_or_in_an_answer_costs_one_call(caplog):
-    def broken(peer_id, message, body):
+    def broken(peer_id, message, body, deadline_s):
         if isinstance(message, Store):
             return "neither an answer nor None"
         raise KeyError("a bug")

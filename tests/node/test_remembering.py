@@ -87,7 +87,7 @@ async def test_calls_are_counted(tmp_path: Path) -> None:
         for found in (good, None, ExpertError("no")):
             answers.append(found)
             with suppress(ExpertError):
-                assert node.handle_inline(peer, call, memoryview(bytes(12))) is found
+                assert node.handle_inline(peer, call, memoryview(bytes(12)), 1.0) is found
         for request, found in ((call, good), (call, ExpertError("no")), (other, ExpertError("not held"))):
             answers.append(found)
             with suppress(ExpertError):

@@ -92,6 +92,7 @@ EXAMPLES: dict[str, msgspec.Struct] = {
         peer_id=PEER, model_root=ROOT, model_name="tiny", kind="dense", held={0: b"\xff", 29: b"\x01\x80"},
         dtype="bf16", device="cuda:0", addrs=["/ip4/127.0.0.1/tcp/4001"], capacity_rows_per_s=1234.5, price=0.25,
         seq=2**40, expires_at=1.5e9, withdrawn=True, paused=True, tags=["code"], load=2.5,
+        codecs=["f16", "int8"],
     ),
     "query": Query(peer_id=PEER, nonce=bytes(16), expires_at=1.5e9),
     "query/full": Query(
@@ -130,7 +131,11 @@ EXAMPLES: dict[str, msgspec.Struct] = {
         model_root=ROOT, layer=65_535, experts=[1, 300], dtype="f32", rows=65_536, hidden=576, pairs=4
     ),
     "call/grad": ExpertCall(model_root=ROOT, layer=0, experts=[0], dtype="f32", rows=1, hidden=1, grad=True),
+    "call/codec": ExpertCall(
+        model_root=ROOT, layer=0, experts=[0], dtype="f32", rows=1, hidden=1, codec="int8", reply_codec="bf16",
+    ),
     "reply": ExpertReply(rows=1, hidden=576),
+    "reply/codec": ExpertReply(rows=1, hidden=576, codec="bf16"),
     "reply/full": ExpertReply(
         rows=2, hidden=576, service_us=1500, queue_depth=3, chain=ChainRoot(count=256, root=KEY, signature=SIGNATURE)
     ),
