@@ -1,7 +1,8 @@
 """Scenario 4: what a host with one expert takes, before anybody calls it.
 
 Ours is a real ``daaswarm host-expert`` with all it does by default (discovery, the DHT, libp2p). It serves the layer of
-a small random checkpoint, 576 → 1536 → 576 with a gate: as many weights as hivemind's 576 → 2304 → 576.
+a small random checkpoint, 576 → 1536 → 576 with a gate: as many weights as hivemind's 576 → 2304 → 576. The checkpoint
+was prepared before (``model prepare``), as at every start but the first; hivemind's server has none to check.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import psutil
 
 from benchmarks.beside.calls import DIM
 from benchmarks.beside.figures import FLOOR, OURS, THEIRS, Figure, Figures, Target
-from benchmarks.beside.running import ADAPTERS, ROOT, Failed, Options, get_environment, run_json
+from benchmarks.beside.running import ADAPTERS, ROOT, Failed, Options, get_environment, run_json, run_ours
 
 METRICS = ("ready_s", "pss_mb", "processes", "import_s")
 HOST, IMPORT = "host with one FFN", "import"
@@ -67,6 +68,7 @@ def make_model(options: Options, folder: Path) -> Path:
     sizes = f"num_hidden_layers=1, hidden_size={DIM}, intermediate_size={GATED_WIDTH}"
     code = "from pathlib import Path; from daaswarm.testing.checkpoints import make_tiny_checkpoint as make; "
     run_json(options, ["-c", f"{code} make('llama', Path({f'{folder}'!r}), {sizes}); print('{{}}')"])
+    run_ours(options, "model", "prepare", f"{folder}")
     return folder
 
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,7 +19,7 @@ from daaswarm.errors import Busy, DaaswarmError
 from daaswarm.experts.service import HostedModel
 from daaswarm.inference.swarm_experts import as_bytes
 from daaswarm.messages import ExpertCall
-from daaswarm.models.packed import PackedMatrix, can_pack, fill
+from daaswarm.models.kernels import fill, lay_out
 from daaswarm.node.life import open_node
 from daaswarm.node.reporting import Emit
 from daaswarm.store.data_dir import DataDir
@@ -58,15 +56,10 @@ class FfnLayer(NopLayer):
         up = torch.randn(FFN_RATIO * dim, dim, generator=generator) / dim**0.5
         down = torch.randn(dim, FFN_RATIO * dim, generator=generator) / dim**0.5
         self.nbytes = up.nbytes + down.nbytes
-        self._up, self._down = make_matrix(up), make_matrix(down)
+        self._up, self._down = lay_out(up, down)
 
     def compute_slices(self, rows: torch.Tensor, slices: list[int]) -> torch.Tensor:
-        return self._down(functional.gelu(self._up(fill(rows))))[: len(rows)]
-
-
-def make_matrix(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``rows @ weight.T``, as the product's experts compute it."""
-    return PackedMatrix(weight) if can_pack(weight.dtype) else partial(functional.linear, weight=weight)
+        return self._down(functional.gelu(self._up(fill(rows, self._up.least_rows))))[: len(rows)]
 
 
 async def serve(data_dir: DataDir, config: Config, kind: Kind, dim: int, emit: Emit) -> None:

@@ -89,6 +89,7 @@ def render(found: dict[str, Any], output: Output) -> None:
         held = ", ".join(f"{format_range(layers)}: {format_range(ids)}" for layers, ids in group_layers(model["held"]))
         size, calls = format_bytes(model["bytes"]), model["calls"]
         rows.append(("serves", f"{model['name']} {model['dtype']}, {size}, layers {held}; {calls} calls"))
+    rows += [("kernel", describe_kernel(choice)) for choice in found.get("kernels", [])]
     rows += [("model", f"{model['name']} ({model['root'][:12]}) in {model['folder']}") for model in found["models"]]
     output.rows(rows)
 
@@ -128,6 +129,17 @@ def describe_island(island: dict[str, Any]) -> str:
     if island["own"]:
         return f"this node and {count} within {max(rtts):.1f} ms: {who}"
     return f"{count}, {min(rtts):.1f} ms away: {who}"
+
+
+def describe_kernel(choice: dict[str, Any]) -> str:
+    """``"packed for float32, 576 → 3072, 1536 → 576: 0.51 ms a row, 11.8 ms for 128 (eager: 0.91, 34.2)"``."""
+    times = {name: list(each.values()) for name, each in choice["times_ms"].items()}  # by rising numbers of rows
+    chosen, most = times[choice["kernel"]], list(choice["times_ms"][choice["kernel"]])[-1]
+    others = "; ".join(f"{n}: {t[0]:.2g}, {t[-1]:.3g}" for n, t in times.items() if n != choice["kernel"])
+    (outputs, inputs), (last, inner) = choice["first"], choice["down"]
+    what = f"{choice['kernel']} for {choice['dtype']}, {inputs} → {outputs}, {inner} → {last}"
+    wrong = f"; wrong here: {', '.join(choice['wrong'])}" if choice["wrong"] else ""
+    return f"{what}: {chosen[0]:.2g} ms for 1 row, {chosen[-1]:.3g} for {most} ({others}){wrong}"
 
 
 def group_layers(held: dict[str, list[int]]) -> list[tuple[list[int], list[int]]]:

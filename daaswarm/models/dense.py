@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from daaswarm.models.packed import PackedMatrix, can_pack, fill
+from daaswarm.models.kernels import Matrix, fill, lay_out
 
 FORMULA_TOLERANCE = 1e-8  # relative, in f64: rounding is 1e-15, constants written with ten digits differ by 1e-10
 SLICES = 8  # of one dense FFN: enough for eight hosts, few enough that a slice is worth a round trip
@@ -59,10 +59,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class DenseSlices:
     """Some slices of one dense FFN.
 
-    The weights are packed (:mod:`daaswarm.models.packed`), gate and up as one matrix, until a call can't be computed
-    so: one for a part of what is held, or one with autograd. From then on they are kept input-major, since more such
-    calls will come. A row of hidden states times such a matrix reads memory in order, which for one row (decoding) was
-    measured 1.4 times as fast as ``functional.linear``.
+    The weights are laid out as they are the fastest here (:mod:`daaswarm.models.kernels`), gate and up as one matrix,
+    until a call can't be computed so: one for a part of what is held, or one with autograd. From then on they are kept
+    input-major, since more such calls will come: a part of such a matrix needs no copy.
 
     Args:
         ids: the slices held, ascending.
@@ -85,23 +84,19 @@ class DenseSlices:
         self.ids = ids
         self.act = ACTIVATIONS[activation]
         self.held = gate.shape[0]
-        self._packed: tuple[PackedMatrix, PackedMatrix] | None = None
-        if can_pack(gate.dtype):
-            self._packed = PackedMatrix(torch.cat((gate, up))), PackedMatrix(down)
-        else:
-            self.gate_up = torch.cat((gate.t(), up.t()), 1)  # (hidden, 2 * held * width)
-            self.down = down.t().contiguous()  # (held * width, hidden)
+        self._whole: tuple[Matrix, Matrix] | None = lay_out(torch.cat((gate, up)), down)
         self.gate_bias, self.up_bias, self.down_bias = gate_bias, up_bias, down_bias
         self.width = self.held // len(ids)
         self.place = {number: i for i, number in enumerate(ids)}
 
     def unpack(self) -> None:
         """Lay the weights out for any call, and any device."""
-        packed = self._packed
-        if packed is not None:
-            first, second = packed
-            self.gate_up, self.down = first.unpack().t().contiguous(), second.unpack().t().contiguous()
-            self._packed = None  # last: other threads may compute meanwhile
+        whole = self._whole
+        if whole is not None:
+            first, second = whole
+            self.gate_up = first.unpack().t().contiguous()  # (hidden, 2 * held * width)
+            self.down = second.unpack().t().contiguous()  # (held * width, hidden)
+            self._whole = None  # last: other threads may compute meanwhile
 
     def compute(self, rows: Tensor, slices: list[int]) -> Tensor:
         """The sum of some held slices. rows: (n, hidden) in the weights' dtype; returns (n, hidden) f32.
@@ -126,10 +121,11 @@ class DenseSlices:
         return total if self.down_bias is None or 0 not in slices else total.add_(self.down_bias)
 
     def _compute_whole(self, rows: Tensor) -> Tensor:
-        packed = self._packed
-        if packed is not None:
-            gate, up = packed[0](fill(rows)).split(self.held, 1)
-            sums = packed[1](self._activate(gate, up, slice(None)))[: len(rows)].float()
+        whole = self._whole
+        if whole is not None:
+            first, second = whole
+            gate, up = first(fill(rows, first.least_rows)).split(self.held, 1)
+            sums = second(self._activate(gate, up, slice(None)))[: len(rows)].float()
         else:
             gate, up = (rows @ self.gate_up).split(self.held, 1)
             sums = (self._activate(gate, up, slice(None)) @ self.down).float()

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from daaswarm.errors import ExpertError, ModelError
 from daaswarm.models.checkpoint import Checkpoint
 from daaswarm.models.dense import ACTIVATIONS, DenseSlices
+from daaswarm.models.kernels import EagerMatrix, Matrix, fill, lay_out
 from daaswarm.models.manifest import Entry, Progress
-from daaswarm.models.packed import PackedMatrix, can_pack, fill
 from daaswarm.models.parts import read_parts
 from daaswarm.models.sources import LocalModel, ignore_progress
 from daaswarm.models.tensors import COMPUTE_DTYPES, to_tensor
@@ -100,8 +99,8 @@ class MoeExperts:
 
     The formula of transformers' experts interface (``integrations/moe.py``) is followed with the module's own
     weights, gate, bias and norm, one expert at a time. It is compared once with the module's own forward, which is
-    used instead where the two differ. Where it is not, the weights are packed (:mod:`daaswarm.models.packed`) until
-    somebody asks for gradients.
+    used instead where the two differ. Where it is not, the weights are laid out as they are the fastest here
+    (:mod:`daaswarm.models.kernels`) until somebody asks for gradients.
     """
 
     def __init__(self, module: nn.Module, ids: list[int]) -> None:
@@ -111,7 +110,7 @@ class MoeExperts:
         module_type: Any = type(module)
         self._forward: Callable[..., Tensor] = getattr(module_type.forward, "__wrapped__", module_type.forward)
         try:
-            self._matrices: list[tuple[Any, Any]] = self._take_matrices()  # Tensor or PackedMatrix
+            self._matrices: list[tuple[Matrix, Matrix]] = self._take_matrices()
             self._bind()
             self.own = not self._agrees()
         except (AttributeError, RuntimeError, TypeError):  # a class that follows the interface only in part
@@ -119,18 +118,20 @@ class MoeExperts:
         if not self.own:
             for name in self._get_names():
                 delattr(module, name)
-            if can_pack(self._matrices[0][0].dtype):
-                self._matrices = [(PackedMatrix(first), PackedMatrix(down)) for first, down in self._matrices]
+            for i, (first, down) in enumerate(self._matrices):  # one by one: at most one is held twice
+                self._matrices[i] = lay_out(first.unpack(), down.unpack())
 
     def _get_names(self) -> tuple[str, str]:
         return ("gate_up_proj" if self.module.has_gate else "up_proj"), "down_proj"
 
-    def _take_matrices(self) -> list[tuple[Any, Any]]:
-        """Each expert's two matrices, (outputs, inputs): indexing at each call costs as much as a small product."""
+    def _take_matrices(self) -> list[tuple[Matrix, Matrix]]:
+        """Each expert's two matrices: indexing at each call costs as much as a small product."""
         both = [getattr(self.module, name) for name in self._get_names()]
         if self.module.is_transposed:
             both = [matrix.transpose(1, 2) for matrix in both]
-        return list(zip(*(matrix.unbind(0) for matrix in both), strict=True))
+        return [
+            (EagerMatrix(first), EagerMatrix(down)) for first, down in zip(*(m.unbind(0) for m in both), strict=True)
+        ]
 
     def _bind(self) -> None:
         """Take what else a call needs out of the module."""
@@ -147,14 +148,16 @@ class MoeExperts:
         """Move the weights to a device."""
         self.module.to(device)
         if not self.own:
-            self.unpack()
-            self._matrices = [(first.to(device), down.to(device)) for first, down in self._matrices]
+            self._matrices = [
+                (EagerMatrix(first.unpack().to(device)), EagerMatrix(down.unpack().to(device)))
+                for first, down in self._matrices
+            ]
             self._bind()
 
     def unpack(self) -> None:
         """Lay the weights out for autograd, and any device; for good, since more such calls will come."""
-        if not self.own and isinstance(self._matrices[0][0], PackedMatrix):
-            self._matrices = [(first.unpack(), down.unpack()) for first, down in self._matrices]
+        if not self.own and not all(isinstance(matrix, EagerMatrix) for matrix in self._matrices[0]):
+            self._matrices = [(EagerMatrix(f.unpack()), EagerMatrix(d.unpack())) for f, d in self._matrices]
 
     def compute(self, rows: Tensor, row_index: Tensor, expert_index: Tensor, weights: Tensor) -> Tensor:
         if torch.is_grad_enabled():
@@ -192,7 +195,7 @@ class MoeExperts:
 
     def _formula(self, rows: Tensor, place: int) -> Tensor:
         first, down = self._matrices[place]
-        h = self._gate(_multiply(fill(rows), first, self._first_bias[place]))
+        h = self._gate(_multiply(fill(rows, first.least_rows), first, self._first_bias[place]))
         y = _multiply(h, down, self._down_bias[place])[: len(rows)]
         return y if self._norm is None else self._norm(y)
 
@@ -208,11 +211,9 @@ class MoeExperts:
         return bool((got - want).abs().max() <= _OWN_FORWARD_TOLERANCE[down.dtype] * want.abs().max())
 
 
-def _multiply(rows: Tensor, matrix: Tensor | PackedMatrix, bias: Tensor | None) -> Tensor:
-    if isinstance(matrix, PackedMatrix):
-        out = matrix(rows)
-        return out if bias is None else out.add_(bias)
-    return functional.linear(rows, matrix, bias)
+def _multiply(rows: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
+    out = matrix(rows)
+    return out if bias is None else out + bias
 
 
 def load_experts(

@@ -25,6 +25,7 @@ from daaswarm.net.carrier import Carrier, Signal
 from daaswarm.net.failures import get_failure
 from daaswarm.net.frames import Buffer, get_size
 from daaswarm.net.handshake import ProvenPeer
+from daaswarm.net.holding import Holding
 from daaswarm.net.inbound import InboundBudget
 from daaswarm.net.network import FastHandler, Handler
 from daaswarm.net.pending import PendingCall
@@ -35,7 +36,8 @@ from daaswarm.net.transfers import CallFailed, Event, ReplyReceived
 log = logging.getLogger(__name__)
 
 FLUSH_BYTES = 1024 * 1024  # written in one go under the lock, about a millisecond; then others have their turn
-LEAD_S = 0.005  # trio's reader looks again after this while a worker thread reads; waking it costs that thread time
+LEAD_S = 0.005  # trio's reader looks again after this while a worker thread reads; waking it costs that thread time,
+LEAD_MAX_S = 0.04  # so it takes twice as long each time that it was needless, up to this, unless a task waits
 LOOK_S = 0.25  # a reading thread looks this often whether its call was cancelled meanwhile
 PING_ANSWER_S = 10.0  # a peer that computes inline may answer a ping late, but not later than this
 
@@ -76,12 +78,15 @@ class Connection:
         self._token = trio.lowlevel.current_trio_token()
         self._thread = threading.get_ident()
         self._session = Session(is_client=is_client, budget=budget, wake=self._on_room, peer=peer.peer_id)
+        self._holding = Holding()
         self._unwritten = Signal()
         self._ended = trio.Event()
         self._early = early
         self._heard = 0  # reads that brought something
         self._reader = threading.Lock()  # held by whoever reads the carrier
         self._leads = 0  # how often a worker thread did
+        self._tasks_waiting = 0  # calls that trio's tasks wait for
+        self._look = trio.Event()  # trio's reader shouldn't wait any longer
         self._followers: deque[PendingCall] = deque()  # threads that wait while another one reads
 
     @property
@@ -128,12 +133,16 @@ class Connection:
         deadline_s = min(deadline_s, CALL_S)
         done = Signal()
         pending = self.submit(message, body, deadline_s=deadline_s, on_done=done.set)
+        self._tasks_waiting += 1
+        self._look.set()
         try:
             with trio.move_on_after(deadline_s):
                 await done.wait()
         except trio.Cancelled:
             pending.cancel()
             raise
+        finally:
+            self._tasks_waiting -= 1
         return pending.get_result(deadline_s)
 
     def submit(
@@ -148,13 +157,16 @@ class Connection:
 
         Raises:
             ConnectionLost: the connection has ended.
-            Busy: too many calls are in flight.
+            Busy: too many calls are in flight, or the peer refused such a call a moment ago.
             TooLarge: the message or body is over its limit.
         """
-        pending = PendingCall(self, min(deadline_s, CALL_S), on_done)
+        deadline_s = min(deadline_s, CALL_S)
+        nbytes = sum(memoryview(part).nbytes for part in body)
+        pending = PendingCall(self, deadline_s, on_done, type(message), nbytes)
         with self._lock:
             if self._error is not None:
                 raise self._get_lost()
+            self._holding.check(type(message), nbytes, deadline_s, pending.submitted_at)
             try:
                 pending._call = self._session.send_request(pending, message, body, deadline_s)
             except ConnectionLost as error:
@@ -255,12 +267,20 @@ class Connection:
 
     async def _read_loop(self) -> None:
         leads = 0
+        pause_s = LEAD_S
         while self._error is None:
             await self._carrier.wait_readable()
             if leads != self._leads or not self._reader.acquire(blocking=False):
                 leads = self._leads
-                await trio.sleep(LEAD_S)
+                self._look = trio.Event()
+                if self._tasks_waiting:
+                    await trio.sleep(LEAD_S)
+                else:
+                    with trio.move_on_after(pause_s):
+                        await self._look.wait()
+                    pause_s = min(2 * pause_s, LEAD_MAX_S)
                 continue
+            pause_s = LEAD_S
             try:
                 events = self._receive()
             finally:
@@ -297,6 +317,8 @@ class Connection:
         for event in events:
             if isinstance(event, ReplyReceived):
                 assert isinstance(event.ticket, PendingCall)
+                if isinstance(event.message, Failure):
+                    self._note_refusal(event.ticket, event.message)
                 event.ticket.finish(event.message, event.body, None)
             elif isinstance(event, CallFailed):
                 assert isinstance(event.ticket, PendingCall)
@@ -304,6 +326,10 @@ class Connection:
             else:
                 others.append(event)
         return others
+
+    def _note_refusal(self, pending: PendingCall, failure: Failure) -> None:
+        with self._lock:
+            self._holding.note(pending.kind, pending.nbytes, pending.deadline_s, failure, monotonic())
 
     # -- serving ----------------------------------------------------------------------------------------------
 

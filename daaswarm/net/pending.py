@@ -9,7 +9,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from daaswarm.errors import DaaswarmError, DeadlineExceeded
-from daaswarm.messages import Failure, Reply
+from daaswarm.messages import Failure, Ping, Reply, Request
 from daaswarm.net.failures import get_error
 from daaswarm.types import PeerId
 
@@ -18,13 +18,12 @@ if TYPE_CHECKING:
 
 
 class PendingCall:
-    """A call that has been submitted, just now. Wait for it in one place only."""
+    """A call of this ``kind`` with so many bytes that has been submitted, just now. Wait for it in one place only."""
 
     __slots__ = (
         "_body",
         "_call",
         "_connection",
-        "_deadline_s",
         "_done",
         "_done_at",
         "_error",
@@ -32,11 +31,23 @@ class PendingCall:
         "_reply",
         "_submitted_at",
         "_wakeup",
+        "deadline_s",
+        "kind",
+        "nbytes",
     )
 
-    def __init__(self, connection: Connection, deadline_s: float, on_done: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        deadline_s: float,
+        on_done: Callable[[], None] | None = None,
+        kind: type[Request] = Ping,
+        nbytes: int = 0,
+    ) -> None:
+        self.kind = kind
+        self.nbytes = nbytes
         self._connection = connection
-        self._deadline_s = deadline_s
+        self.deadline_s = deadline_s
         self._submitted_at = self._done_at = monotonic()
         self._call = 0
         self._reply: Reply | None = None
@@ -63,7 +74,7 @@ class PendingCall:
     @property
     def due(self) -> float:
         """Monotonic, s: its deadline."""
-        return self._submitted_at + self._deadline_s
+        return self._submitted_at + self.deadline_s
 
     @property
     def latency_s(self) -> float:
@@ -81,7 +92,7 @@ class PendingCall:
         if not self._done:
             due = self.due if timeout_s is None else min(self.due, monotonic() + timeout_s)
             self._connection.wait_for(self, due)
-        return self.get_result(self._deadline_s if timeout_s is None else timeout_s)
+        return self.get_result(self.deadline_s if timeout_s is None else timeout_s)
 
     def wait_until(self, until: float) -> None:
         """Block this (worker) thread until there is an answer, or until then (monotonic, s); ends nothing."""

@@ -17,6 +17,7 @@ MAX_SPLICES = 128  # each costs four file descriptors and a libp2p connection of
 SPLICES_PER_ADDRESS = HANDSHAKES_PER_ADDRESS  # which of them are proven only libp2p knows, so all count
 SPLICE_IDLE_S = 120.0  # libp2p's own keep-alive is well below
 CONNECT_S = 5.0  # to our own loopback
+SETTLE_S = 20.0  # that a connection waits for the libp2p host to start
 COPY_BYTES = 64 * 1024  # read at once
 
 MULTISTREAM_BYTE = 0x13  # the length of "/multistream/1.0.0\n"
@@ -24,10 +25,14 @@ HTTP_BYTE = ord("G")  # a WebSocket begins with GET
 
 
 class Splicer:
-    """``targets``: first byte → (host, port) of an inner listener. Empty while no libp2p host runs."""
+    """``targets``: first byte → (host, port) of an inner listener. Empty while no libp2p host runs. ``settled``: one
+    runs, or won't; whoever starts one puts an event here that isn't set yet, and who comes before that waits.
+    """
 
     def __init__(self) -> None:
         self.targets: dict[int, tuple[str, int]] = {}
+        self.settled = trio.Event()
+        self.settled.set()
         self._by_origin: Counter[str] = Counter()  # open splices
 
     async def splice(self, sock: socket.socket, first: int, origin: str) -> None:
@@ -38,8 +43,7 @@ class Splicer:
             Busy: too many splices, of all or of this origin (see ``get_origin``).
             Unreachable: the inner listener is gone.
         """
-        target = self.targets.get(first)
-        if target is None:
+        if first not in (MULTISTREAM_BYTE, HTTP_BYTE) or (self.settled.is_set() and first not in self.targets):
             raise RemoteProtocolError(f"speaks neither TLS nor libp2p (first byte 0x{first:02x})")
         if self._by_origin.total() >= MAX_SPLICES:
             raise Busy(f"{MAX_SPLICES} libp2p connections are open")
@@ -47,6 +51,12 @@ class Splicer:
             raise Busy(f"{SPLICES_PER_ADDRESS} libp2p connections of one address are open")
         self._by_origin[origin] += 1
         try:
+            if first not in self.targets:
+                with trio.move_on_after(SETTLE_S):
+                    await self.settled.wait()
+            target = self.targets.get(first)
+            if target is None:
+                raise Unreachable("libp2p doesn't run here")
             outer = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
             try:
                 with trio.fail_after(CONNECT_S):

@@ -58,7 +58,6 @@ from daaswarm.types import PeerId
 if TYPE_CHECKING:
     from daaswarm.net.frames import Buffer
 
-LIBP2P_S = 15.0  # a second of imports, on a busy machine; then the node is ready without it
 DRAIN_S = 10.0  # for calls in flight when the node leaves; requesters wait no longer than that either
 SUM_BYTES = 4  # of one value of an answer: f32
 MET = 1024  # peers of earlier runs among which a PeerId is looked for
@@ -107,7 +106,7 @@ class SwarmCoordinator:
         self.diagnosing = Diagnosing(config, network, discovery, self.reaching, is_running=is_owner)
         self.started_at = time.time()
         self.has_bootstrap = False
-        self.libp2p_settled = trio.Event()  # it runs, or won't
+        self.ready = trio.Event()  # what the node was started for is there
 
     @property
     def peer_id(self) -> PeerId:
@@ -208,11 +207,6 @@ class SwarmCoordinator:
             if connection is not None and connection.peer.contact is not None:
                 self.discovery.meet(connection.peer.contact)
 
-    async def wait_for_libp2p(self) -> None:
-        """Until libp2p peers can connect too: what ``ready`` promises."""
-        with trio.move_on_after(LIBP2P_S):
-            await self.libp2p_settled.wait()
-
     async def leave(self) -> None:
         """Admit no calls any more, say so to the swarm, answer the calls in flight as far as :data:`DRAIN_S` allows,
         and save."""
@@ -246,7 +240,6 @@ class SwarmCoordinator:
     async def serve(self, wish: Wish, emit: Emit) -> None:
         """Serve experts until cancelled, in the swarm that was met before."""
         async with self.hosting.serve(wish, emit) as served:
-            await self.wait_for_libp2p()
             await self.reaching.wait_settled()
             logger.info("%s", "; ".join(served.ready["lines"]))
             ready = {**served.ready, "lines": served.ready["lines"] + self.reaching.get_lines()}
@@ -333,6 +326,7 @@ class SwarmCoordinator:
             "islands": describe_islands(self.network),
             "reachability": self.reaching.describe(),
             "hosted": self.hosting.describe(),
+            "kernels": self.hosting.describe_kernels(),
             "paused": self.neighbour.describe(),
             "models": [{"name": m.name, "root": m.root, "folder": str(m.folder)} for m in models],
         }

@@ -147,6 +147,27 @@ class Hosting:
             for model in (self.service.models.values() if self.service is not None else ())
         ]
 
+    def describe_kernels(self) -> list[Event]:
+        """What was tried for the experts served here, and what was chosen."""
+        if self.service is None:
+            return []
+        from daaswarm.models.kernels import REGISTRY
+
+        return [
+            {
+                "first": list(choice.first),
+                "down": list(choice.down),
+                "dtype": str(choice.dtype).removeprefix("torch."),
+                "kernel": choice.kernel,
+                "times_ms": {
+                    name: {str(rows): round(ms, 3) for rows, ms in times.items()}
+                    for name, times in choice.times_ms.items()
+                },
+                "wrong": choice.wrong,
+            }
+            for choice in REGISTRY.choices
+        ]
+
     async def check(self, params: Event, emit: Emit) -> Wish:
         """Refuse what can be refused before anybody else is asked.
 

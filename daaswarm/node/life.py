@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 LISTEN_HINT = "write it like /ip4/0.0.0.0/tcp/4001 (all interfaces) or /ip4/127.0.0.1/tcp/0 (this machine, a free port)"
 ANNOUNCE_HINT = "write what others can dial, like /ip4/203.0.113.5/tcp/4001 or /dns4/swarm.example.net/tcp/4001"
 
+READY_S = 10.0  # after that libp2p starts even if what is to be served is still being read
+
 logger = logging.getLogger(__name__)
 
 
@@ -52,7 +54,7 @@ async def open_node(
 
     Args:
         listen: accept connections. A node that only asks need not.
-        libp2p: also speak libp2p on the same port (costs a second of start-up in the background).
+        libp2p: also speak libp2p on the same port, once the node is ready (its import takes a second).
         is_owner: the data directory is locked for this node; it remembers its peers there.
 
     Raises:
@@ -131,28 +133,30 @@ async def _open_parts(
         coordinator = SwarmCoordinator(data_dir, config, network, discovery, store, nursery, is_owner=is_owner)
         await nursery.start(discovery.run)
         if libp2p and config.network.libp2p and not is_private:  # libp2p's streams prove no swarm key
+            network.splicer.settled = trio.Event()
             nursery.start_soon(run_libp2p, coordinator, identity, handle, handle_inline, budget)
-        else:
-            coordinator.libp2p_settled.set()
         yield coordinator
 
 
 async def run_libp2p(
     node: SwarmCoordinator, identity: Identity, handle: Handler, handle_inline: FastHandler, budget: InboundBudget
 ) -> None:
-    """The same node for libp2p peers and browsers. If libp2p fails, that costs them, not the node."""
+    """The same node for libp2p peers and browsers, who wait until then. A failure costs them, not the node."""
+    with trio.move_on_after(READY_S):
+        await node.ready.wait()
     from daaswarm.net.libp2p_host import open_libp2p_host
 
+    splicer = node.network.splicer
     try:
         async with open_libp2p_host(identity, handler=handle, fast_handler=handle_inline, budget=budget) as running:
-            node.network.splicer.targets.update(running.targets)
-            node.libp2p_settled.set()
+            splicer.targets.update(running.targets)
+            splicer.settled.set()
             await trio.sleep_forever()
     except Exception as error:  # noqa: BLE001 - whatever py-libp2p raises
         logger.warning("libp2p peers can't connect: %s", error)
     finally:
-        node.network.splicer.targets.clear()
-        node.libp2p_settled.set()
+        splicer.targets.clear()
+        splicer.settled.set()
 
 
 async def run_node(data_dir: DataDir, config: Config, emit: Emit, *, host: Event | None = None) -> None:
@@ -168,6 +172,7 @@ async def run_node(data_dir: DataDir, config: Config, emit: Emit, *, host: Event
     async def tell(event: Event) -> None:
         await emit(event)
         if event["event"] == "ready":
+            node.ready.set()
             systemd.ready()
 
     with data_dir.lock():
@@ -192,7 +197,6 @@ async def run_node(data_dir: DataDir, config: Config, emit: Emit, *, host: Event
             if wish is not None:
                 await node.serve(wish, tell)
             else:
-                await node.wait_for_libp2p()
                 await node.reaching.wait_settled()
                 lines = describe_binding(config, node.network) + node.reaching.get_lines()
                 await tell({"event": "ready", "peer_id": node.peer_id, "addrs": node.addrs, "lines": lines})

@@ -27,6 +27,7 @@ from daaswarm.inference.swarm_experts import REPLICA_PATIENCE_S, ROWS_PER_CALL, 
 from daaswarm.messages import ExpertCall, ExpertReply, Pong, Reply
 from daaswarm.models.experts import load_experts
 from daaswarm.models.sources import LocalModel, find_model
+from daaswarm.net import holding
 from daaswarm.types import PeerId
 from tests.inference.swarm_in_memory import Host, Swarm, open_swarm
 
@@ -496,7 +497,11 @@ async def test_parts_that_fail_together_ask_the_swarm_once(moe_model: LocalModel
         assert (experts.retries, swarm.refreshes) == (4, 1)
 
 
-async def test_busy_hosts_are_waited_for_once_and_together(moe_model: LocalModel) -> None:
+async def test_busy_hosts_are_waited_for_once_and_together(
+    moe_model: LocalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holding, "HOLD_S", 0.0)  # its clock is not the one that the pauses below pass on
+
     async def refuse_once(host: Host, call: ExpertCall, body: memoryview) -> Any:
         host.behave = None
         raise Busy("full", retry_after_s=0.25 if host is swarm.hosts[0] else 0.5)

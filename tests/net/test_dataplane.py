@@ -122,6 +122,31 @@ async def test_the_libp2p_door_is_capped_by_address_too():
         nursery.cancel_scope.cancel()
 
 
+async def test_who_comes_before_libp2p_runs_waits_for_it():
+    async with open_tcp_network(get_identity(2), handler=serve) as node, trio.open_nursery() as nursery:
+
+        async def echo(stream: trio.SocketStream) -> None:
+            await stream.send_all(await stream.receive_some())
+
+        inner = (await nursery.start(partial(trio.serve_tcp, echo, 0, host="127.0.0.1")))[0].socket.getsockname()
+        node.splicer.settled = trio.Event()
+        early = await trio.open_tcp_stream("127.0.0.1", node.listen_addresses[0].port)
+        await early.send_all(bytes([MULTISTREAM_BYTE]))
+        while not node.splicer._by_origin:
+            await trio.lowlevel.checkpoint()
+        node.splicer.targets[MULTISTREAM_BYTE] = inner
+        node.splicer.settled.set()
+        with trio.fail_after(5):
+            assert await early.receive_some() == bytes([MULTISTREAM_BYTE])
+            other = await trio.open_tcp_stream("127.0.0.1", node.listen_addresses[0].port)
+            await other.send_all(bytes([HTTP_BYTE]))  # of what doesn't run, and won't
+            with contextlib.suppress(trio.BrokenResourceError):
+                assert await other.receive_some() == b""
+        await early.aclose()
+        await other.aclose()
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_bug_in_the_listener_costs_one_connection(monkeypatch, caplog):
     async def broken(*args):
         raise KeyError("a bug")

@@ -27,7 +27,7 @@ def make_home(path: Path) -> DataDir:
 
 async def test_the_door_of_libp2p_is_shut(tmp_path: Path) -> None:
     async with open_node(make_home(tmp_path), CONFIG, listen=True, libp2p=True, is_owner=True) as node:
-        assert node.libp2p_settled.is_set()
+        assert node.network.splicer.settled.is_set()
         await trio.lowlevel.checkpoint()
         assert node.network.splicer.targets == {}
         assert not node.discovery.kademlia.table._limit_subnets
