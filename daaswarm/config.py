@@ -46,6 +46,7 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
     relay: bool = True  # pass the traffic of peers that can't be dialled, as long as this node can
 
 
+VerifyText = Annotated[str, Meta(pattern=r"^(off|every|(sample|twin)(=(1|0?\.[0-9]{1,6}|1\.0))?)$")]
 DeviceText = Annotated[str, Meta(pattern="^(cpu|auto|cuda(:[0-9]{1,2})?)$")]
 
 
@@ -75,6 +76,7 @@ class InferConfig(msgspec.Struct, frozen=True, kw_only=True):
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0  # 0: one per core
     device: DeviceText = "cpu"  # where the requester's own part computes
     prompt_lookup: bool = True  # guess at tokens where that is measured to be faster
+    verify: VerifyText = "sample"  # checks of what hosts answer: off, sample, sample=0.1, every, twin; see infer --help
     codec: Codec = "none"  # how hidden states travel to hosts that take it: as they are, or f16, bf16, int8
 
 

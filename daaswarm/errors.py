@@ -152,6 +152,12 @@ class ExpertError(DaaswarmError):
     code = "expert_error"
 
 
+class WrongAnswer(DaaswarmError):
+    """What a host computed did not pass a check."""
+
+    code = "wrong_answer"
+
+
 class Interrupted(DaaswarmError):
     """The user stopped it. Exit code 130.
 

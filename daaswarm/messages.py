@@ -282,6 +282,10 @@ class ExpertCall(Message, frozen=True, kw_only=True, tag="call"):
       ``hidden`` f32, the gradient of the rows, and ``pairs`` x f32, that of the weights. No codecs then.
 
     ``reply_codec``: that of the reply's sums. Codecs are asked only of hosts whose advert names them.
+
+    ``opened``: the reply's body goes on with what stands between, in ``dtype``, for an audit: ``width`` gate, then up,
+    then hidden activations, of each row or, with pairs, of each pair; and with pairs each expert's output, ``hidden``
+    values a pair. No codecs and no ``grad`` then.
     """
 
     model_root: RootText
@@ -294,11 +298,14 @@ class ExpertCall(Message, frozen=True, kw_only=True, tag="call"):
     grad: bool = False
     codec: Short = ""
     reply_codec: Short = ""
+    opened: bool = False
 
 
 class ExpertReply(Message, frozen=True, kw_only=True, tag="reply"):
-    """Body: ``rows`` x ``hidden`` f32 sums, or these in ``codec``: the one asked for, or none where it can't say them.
-    Load feedback rides along for the requester's choice of replicas."""
+    """Body: ``rows`` x ``hidden`` f32 sums, or these in ``codec``: the one asked for, or none where it can't say them;
+    then what was ``opened``: of an expert, or of all slices asked of together, that are ``width`` wide.
+    Load feedback rides along for the requester's choice of replicas.
+    """
 
     rows: int
     hidden: int
@@ -306,6 +313,7 @@ class ExpertReply(Message, frozen=True, kw_only=True, tag="reply"):
     queue_depth: int = 0
     chain: ChainRoot | None = None
     codec: Short = ""
+    width: Annotated[int, Meta(ge=0, le=1 << 20)] = 0
 
 
 class ChainRoot(msgspec.Struct, frozen=True, kw_only=True):

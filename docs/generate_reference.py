@@ -57,6 +57,8 @@ MEANINGS = {
     "infer.top_p": "Draw from the likeliest tokens up to this share of the probability.",
     "infer.call_timeout_s": "Deadline of one call to a host, seconds.",
     "infer.device": "Where the requester's own part of the model computes; as `host.device`.",
+    "infer.verify": "How much of what hosts answer is checked ([security](../explanation/security.md#answers)); a "
+    "share is of the calls of hosts that have earned trust.",
     "infer.codec": "How hidden states and sums travel to and from hosts that take it: as they are (`none`), or in "
     "fewer bytes with some error ([codecs](../explanation/codecs.md)).",
     "infer.prompt_lookup": "Guess at tokens from what followed the last ones where they stood before, when that is "
@@ -65,6 +67,13 @@ MEANINGS = {
     "infer.threads": "Threads of the requester's own part of the model; 0 leaves the choice to torch.",
     "log.file_level": "What `join` and `host-expert` write to `logs/node.log` in the data directory.",
     "log.level": "What is logged to standard error: `debug`, `info`, `warning` or `error`.",
+}
+
+# What a setting may be, where its pattern doesn't say it.
+VALUES = {
+    "infer.verify": "`off`, `sample`, `every`, `twin`, or with a share of calls: `sample=0.1`, `twin=0.1`",
+    "host.device": "`cpu`, `auto`, `cuda`, `cuda:1`",
+    "infer.device": "`cpu`, `auto`, `cuda`, `cuda:1`",
 }
 
 # Flags that the program itself doesn't explain.
@@ -180,7 +189,7 @@ def make_config() -> str:
         rows = [
             [
                 f"`{section.name}.{field.name}`",
-                _describe_type(field.type),
+                VALUES.get(f"{section.name}.{field.name}") or _describe_type(field.type),
                 f"`{_format_default(field)}`",
                 MEANINGS.get(f"{section.name}.{field.name}", ""),
                 f"`DAASWARM_{section.name.upper()}_{field.name.upper()}`",

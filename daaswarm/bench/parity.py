@@ -16,10 +16,12 @@ import torch
 import trio
 
 from daaswarm.config import Config
+from daaswarm.core.verify import OFF, Verify
 from daaswarm.inference.embedded import run_embedded_hosts
 from daaswarm.inference.prompt import Prompt, encode_prompt
+from daaswarm.inference.requester import Way, describe_audits
 from daaswarm.inference.sequence import Sampling, Sequence, get_pad_token
-from daaswarm.inference.use import HostUse
+from daaswarm.inference.use import AuditUse, HostUse
 from daaswarm.models.sources import LocalModel
 from daaswarm.models.trunk import load_reference, load_tokenizer
 from daaswarm.node.life import open_node
@@ -84,6 +86,7 @@ async def run_parity(
     dtype: Any,
     across: bool,
     codec: Codec = "none",
+    verify: Verify = OFF,
     emit: Emit,
 ) -> dict[str, Any]:
     """Compare a model on ``hosts`` host processes with the same model whole in this process.
@@ -91,6 +94,7 @@ async def run_parity(
     Args:
         across: cut every layer over all hosts, instead of giving each host whole layers.
         codec: of rows and sums on the wire. Logits are compared while the tokens are the same.
+        verify: how hosts are checked; if at all, the same is also measured without.
 
     Raises:
         ModelError: the model can't be used.
@@ -120,18 +124,21 @@ async def run_parity(
         await node.answering.connect_hosts(plan)
         trunk = await requester.load(model, dtype, lambda what, done, total: None)
         hosts_used: dict[PeerId, HostUse] = {}
+        audits = AuditUse()
+        way = Way(codec, verify)
 
         own_threads = torch.get_num_threads()
 
-        async def sharded() -> Sequence:
+        async def sharded(way: Way) -> Sequence:
             torch.set_num_threads(own_threads)
             sampling = Sampling(max_tokens=tokens, min_tokens=tokens)
             sequence = Sequence(trunk.model, model.name, list(ids), sampling, keep_logits=True)
-            await requester.complete(model, trunk, plan, sequence, codec)
+            await requester.complete(model, trunk, plan, sequence, way)
             if sequence.error is not None:
                 raise sequence.error
             for peer, use in sequence.hosts.items():
                 hosts_used.setdefault(peer, HostUse()).add(use, 1.0)
+            audits.add(sequence.audits)
             trunk.forget()  # the next one computes its prompt again
             return sequence
 
@@ -140,11 +147,14 @@ async def run_parity(
             return await trio.to_thread.run_sync(generate, reference, ids, tokens)
 
         want_ids, want_logits, _ = await local()
-        got = await sharded()
+        got = await sharded(way)
+        unchecked: list[float] = []
         speeds: list[tuple[float, float]] = []
         for i in range(REPEATS):
             await emit({"event": "progress", "what": "measuring", "done": i, "total": REPEATS})
-            speeds.append((tokens / (await local())[2], tokens / (await sharded()).seconds))
+            speeds.append((tokens / (await local())[2], tokens / (await sharded(way)).seconds))
+            if verify != OFF:
+                unchecked.append(tokens / (await sharded(Way(codec))).seconds)
         await emit({"event": "progress", "what": "measuring", "done": REPEATS, "total": REPEATS})
         experts = requester.make_experts(model, plan, codec)
         agreement, choice_diff = await requester.run_model(
@@ -163,6 +173,7 @@ async def run_parity(
         "model_root": model.root,
         "dtype": dtype,
         "codec": codec,
+        **({} if verify == OFF else describe_checking(verify, audits, [there for _, there in speeds], unchecked)),
         "hosts": len(hosts_used),
         "tokens": tokens,
         "tokens_identical": want_ids == got.token_ids,
@@ -182,4 +193,15 @@ async def run_parity(
         "calls": calls,
         "local_threads": cores,
         "requester_threads": own_threads,
+    }
+
+
+def describe_checking(verify: Verify, audits: AuditUse, rates: list[float], unchecked: list[float]) -> dict[str, Any]:
+    """What checking hosts took. ``rates``, ``unchecked``: tokens a second with and without, measured in turn."""
+    ratios = sorted(checked / free for checked, free in zip(rates, unchecked, strict=True))
+    return {
+        "verify": describe_audits(verify, audits),
+        "verify_ratio": round(statistics.median(ratios), 4),
+        "verify_ratio_min": round(ratios[0], 4),
+        "verify_ratio_max": round(ratios[-1], 4),
     }

@@ -16,11 +16,12 @@ import typer
 from daaswarm.cli.bench_load import call_load, load
 from daaswarm.cli.bench_moe import moe, serve_moe
 from daaswarm.cli.bench_sim import simulate
-from daaswarm.cli.complete import complete_codecs
+from daaswarm.cli.complete import complete_codecs, complete_verify
 from daaswarm.cli.host_expert import complete_models
 from daaswarm.cli.options import BootstrapOption, DataDirOption, JsonOption, open_data_dir, read_config
 from daaswarm.cli.output import Output
 from daaswarm.cli.run import run_async, run_to_end, show
+from daaswarm.core.verify import parse_verify
 from daaswarm.errors import ConfigError
 from daaswarm.limits import CALL_BODY_BYTES
 from daaswarm.models.sources import DEFAULT_MODEL
@@ -49,6 +50,12 @@ def parity(
     codec: Annotated[
         str, typer.Option("--codec", autocompletion=complete_codecs, help="Of hidden states: f16, bf16, int8 or none.")
     ] = "none",
+    verify: Annotated[
+        str,
+        typer.Option(
+            "--verify", autocompletion=complete_verify, help="Check hosts as infer does; measured without, too."
+        ),
+    ] = "off",
     data_dir: DataDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -60,6 +67,7 @@ def parity(
         raise ConfigError(f"--dtype {dtype!r} is not known", hint=f"choose from {', '.join(DTYPES)}")
     if codec not in ("none", *CODECS):
         raise ConfigError(f"--codec {codec!r} is not known", hint=f"choose from none, {', '.join(CODECS)}")
+    checking = parse_verify(verify)
     output = Output(as_json=as_json)
 
     async def run(folder: DataDir, config: Any) -> dict[str, Any]:
@@ -74,6 +82,7 @@ def parity(
             dtype=dtype,
             across=across,
             codec=cast(Codec, codec),
+            verify=checking,
             emit=partial(_show, output),
         )
 

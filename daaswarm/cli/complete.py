@@ -61,6 +61,10 @@ def complete_dtypes(incomplete: str) -> list[str]:
     return [dtype for dtype in DTYPES if dtype.startswith(incomplete)]
 
 
+def complete_verify(incomplete: str) -> list[str]:
+    return [mode for mode in ("off", "sample", "sample=0.1", "every", "twin") if mode.startswith(incomplete)]
+
+
 def complete_codecs(incomplete: str) -> list[str]:
     return [codec for codec in ("none", *CODECS) if codec.startswith(incomplete)]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from daaswarm.cli.complete import complete_codecs, complete_dtypes
+from daaswarm.cli.complete import complete_codecs, complete_dtypes, complete_verify
 from daaswarm.cli.host_expert import complete_models, locate_model
 from daaswarm.cli.host_options import DeviceOption
 from daaswarm.cli.options import (
@@ -24,6 +24,7 @@ from daaswarm.cli.options import (
 from daaswarm.cli.output import WAITING, Output, describe_retries
 from daaswarm.cli.run import attach, is_node_running, refuse_attached, run_async, show
 from daaswarm.config import Config
+from daaswarm.core.verify import parse_verify
 from daaswarm.errors import EXIT_INTERRUPTED, ConfigError, Interrupted
 from daaswarm.store.data_dir import DataDir
 from daaswarm.types import DTYPES, format_bytes
@@ -78,6 +79,15 @@ def infer(
             "(default: infer.codec, none).",
         ),
     ] = None,
+    verify: Annotated[
+        str | None,
+        typer.Option(
+            "--verify",
+            autocompletion=complete_verify,
+            help="Check what hosts answer: off, sample or sample=0.1 (some calls, all of unknown hosts), every, or "
+            "twin (a second host computes the same) (default: infer.verify, sample).",
+        ),
+    ] = None,
     device: DeviceOption = None,
     embedded: Annotated[
         int | None,
@@ -129,6 +139,7 @@ def infer(
         infer__temperature=temperature,
         infer__top_p=top_p,
         infer__codec=codec,
+        infer__verify=str(parse_verify(verify)) if verify is not None else None,
         infer__device=device,
     )
     own = {  # settings of a node of its own
@@ -152,6 +163,7 @@ def infer(
         "raw": raw,
         "dtype": dtype,
         "codec": config.infer.codec,
+        "verify": config.infer.verify,
         "embedded": embedded,
         "force": force,
         "bootstrap": bootstrap or [],
@@ -263,5 +275,21 @@ def summarise(result: dict[str, Any]) -> str:
     codec = "" if result["codec"] == "none" else f" ({coded} of these calls in {result['codec']})"
     return (
         f"[{result['completion_tokens']} tokens, {result['tokens_per_s']:.1f}/s, by {where}: {hosts}; "
-        f"{result['calls']} calls, {format_bytes(moved)}{codec}{retries}]"
+        f"{result['calls']} calls, {format_bytes(moved)}{codec}{retries}; {describe_checks(result)}]"
     )
+
+
+def describe_checks(result: dict[str, Any]) -> str:
+    """What was checked, and how: ``"31 calls checked by sketches, all right"``."""
+    audits = result["verify"]
+    ways = [
+        f"{audits[key]} calls checked {how}"
+        for key, how in (("sketched", "by sketches"), ("compared", "by a second host"), ("recomputed", "here"))
+        if audits[key]
+    ]
+    wrong = [f"…{each['peer_id'][-6:]} {each['calls']} wrong, replaced" for each in audits["wrong"]]
+    if audits["unchecked"]:
+        ways.append(f"{audits['unchecked']} could not be checked")
+    if not ways:
+        return "nothing checked: own hosts" if result["embedded"] else "nothing checked"
+    return ", ".join(ways + (wrong or ["all right"] * (len(ways) > bool(audits["unchecked"]))))

@@ -155,13 +155,41 @@ def pull(
 
 
 @app.command()
-def prepare(model: ModelArgument, data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
+def prepare(
+    model: ModelArgument,
+    audit: Annotated[
+        bool,
+        typer.Option("--audit", help="Also make the secrets by which infer checks hosts without having their weights."),
+    ] = False,
+    dtype: Annotated[
+        str, typer.Option("--dtype", autocompletion=complete_dtypes, help="In which hosts that are checked compute.")
+    ] = "f32",
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Hash or convert a model ahead of time, so that hosting and asking begin at once.
 
-    Example: daaswarm model prepare ./Qwen2.5-0.5B-Instruct-Q8_0.gguf
+    Example: daaswarm model prepare ./Qwen2.5-0.5B-Instruct-Q8_0.gguf --audit
     """
-    config = read_config(open_data_dir(data_dir))
-    show_prepared(model, lambda progress: find_model(model, get_cache_dir(), progress), config, Output(as_json=as_json))
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype!r} is not known", hint=f"choose from {', '.join(DTYPES)}")
+    config, output = read_config(open_data_dir(data_dir)), Output(as_json=as_json)
+    if not audit:
+        show_prepared(model, lambda progress: find_model(model, get_cache_dir(), progress), config, output)
+        return
+
+    def make(progress: Any) -> tuple[LocalModel, Path, int]:
+        from daaswarm.models.secrets import get_path, make_secrets
+
+        found = find_model(model, get_cache_dir(), progress)
+        chosen: Dtype = dtype  # type: ignore[assignment]
+        path = get_path(get_cache_dir(), found.root, chosen)
+        return found, path, make_secrets(found, chosen, path, progress)
+
+    found, path, nbytes = work(make, config, output)
+    output.json({"model": found.name, "model_root": found.root, "dtype": dtype, "path": str(path), "bytes": nbytes})
+    output.result(f"{found.name}  {dtype}  {path}")
+    output.message(f"hosts of {found.name} in {dtype} can be checked now; the file ({format_bytes(nbytes)}) is secret")
 
 
 @app.command()

@@ -47,7 +47,7 @@ class Waiting:
 
 def get_group(layer: Layer, call: ExpertCall) -> Hashable:
     """Calls with the same group may be computed together; ``None`` for one that is computed alone."""
-    if call.grad:
+    if call.grad or call.opened:
         return None
     return id(layer), None if call.pairs else tuple(call.experts)  # the queue keeps the layer, so its id is its own
 

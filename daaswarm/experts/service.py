@@ -17,6 +17,7 @@ from daaswarm.core.courtesy import Pause
 from daaswarm.errors import Busy, ConfigError, ExpertError, RemoteProtocolError, TooLarge
 from daaswarm.experts.batches import Waiting, get_group, join, settle
 from daaswarm.experts.gradients import Differentiable, compute_gradients, get_cost, get_gradient_bytes
+from daaswarm.experts.opening import Openable, check_opening, compute_opened
 from daaswarm.limits import CALL_S
 from daaswarm.messages import ExpertCall, ExpertReply
 from daaswarm.models import codecs
@@ -328,6 +329,8 @@ class ExpertService:
         if call.pairs * call.hidden * 4 > PAIRS_BYTES:
             most = PAIRS_BYTES // (call.hidden * 4)
             raise TooLarge(f"expert call: {call.pairs} pairs; {most} of this width are allowed", hint="split the call")
+        if call.opened:
+            check_opening(call, layer)
         if call.grad and not isinstance(layer, Differentiable):
             raise ExpertError(f"{hosted.name} is served here without gradients", hint="ask another replica")
         return hosted, layer
@@ -344,7 +347,9 @@ class ExpertService:
         rows = _read_rows(call, body)
         pairs = _read_pairs(call, body) if call.pairs else None
         with torch.inference_mode():
-            if call.grad and isinstance(layer, Differentiable):
+            if call.opened and isinstance(layer, Openable):
+                answer = compute_opened(layer, call, rows, pairs)
+            elif call.grad and isinstance(layer, Differentiable):
                 answer = compute_gradients(layer, call, rows, pairs, body, check_cancelled)
             elif pairs is not None:
                 answer = [_compute_pairs(layer, rows, *pairs, check_cancelled)]
@@ -366,7 +371,8 @@ class ExpertService:
                     rows=call.rows, hidden=call.hidden, service_us=service_us, queue_depth=depth, codec=codec
                 )
                 return reply, [coded]
-        reply = ExpertReply(rows=call.rows, hidden=call.hidden, service_us=service_us, queue_depth=depth)
+        width = answer[1].shape[1] if call.opened else 0
+        reply = ExpertReply(rows=call.rows, hidden=call.hidden, service_us=service_us, queue_depth=depth, width=width)
         return reply, [_as_buffer(part) for part in answer]
 
 
@@ -385,7 +391,10 @@ def _get_busy(refused: Refused) -> Busy:
 
 
 def _as_buffer(part: torch.Tensor) -> Buffer:
-    return part.contiguous().numpy().data.cast("B")
+    part = part.contiguous()
+    if part.dtype == torch.bfloat16:  # numpy has none
+        part = part.view(torch.int16)
+    return part.numpy().data.cast("B")
 
 
 def _get_row_bytes(call: ExpertCall) -> int:

@@ -448,8 +448,10 @@ class Batch:
                 self._passing = []
                 self._experts.stop.clear()
             hosts, retries = self._experts.take_use()
+            audits = self._experts.take_audits()
             for sequence, count in zip(sequences, counts, strict=True):
                 sequence.note_use(hosts, retries, count / sum(counts))
+                sequence.audits.add(audits)
         return out.logits
 
     @contextlib.contextmanager

@@ -11,7 +11,7 @@ import torch
 
 from daaswarm.errors import DaaswarmError
 from daaswarm.inference.shares import Share
-from daaswarm.messages import ExpertReply
+from daaswarm.messages import ExpertCall, ExpertReply
 from daaswarm.net.pending import PendingCall
 from daaswarm.net.racing import look, wait_any
 from daaswarm.types import PeerId
@@ -42,6 +42,7 @@ class Sent:
     share: Share
     call: PendingCall | Computed | DaaswarmError
     sent_bytes: int
+    request: ExpertCall
     codec: str = ""  # that the sums may come in
     has_coded_rows: bool = False
 

@@ -19,7 +19,7 @@ from daaswarm.errors import RemoteProtocolError
 from daaswarm.inference.alone import generate_alone
 from daaswarm.inference.batching import Batch
 from daaswarm.inference.plan import HostPlan
-from daaswarm.inference.requester import Requester, Trunk
+from daaswarm.inference.requester import Requester, Trunk, Way
 from daaswarm.inference.sequence import Sampling
 from daaswarm.inference.sequence import Sequence as TokenSequence
 from daaswarm.inference.swarm_experts import ROWS_PER_CALL, TORCH_DTYPES, SwarmExperts, as_bytes
@@ -102,7 +102,7 @@ async def measure_trunk(
         batch.submit(sequence, plan, lambda: None)
         await requester.run_model(batch.compute, batch.work, batch.cancel_all)
     else:
-        await requester.run_model(experts, lambda: generate_alone(sequence, trunk.get_kept()), experts.cancel)
+        await requester.run_model(experts, lambda: generate_alone(sequence, trunk.get_kept(Way())), experts.cancel)
     if sequence.error is not None:
         raise sequence.error
     assert sequence.first_token_at is not None and sequence.ended_at is not None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from daaswarm.core.adverts import Known, format_missing, get_missing
 from daaswarm.core.islands import choose_preferred
+from daaswarm.core.reputation import Standing
 from daaswarm.errors import NoPeerCouldServe
 from daaswarm.messages import Contact
 from daaswarm.models.sources import LocalModel
@@ -26,6 +27,7 @@ class HostPlan:
     kind: str = "moe"
     preferred: frozenset[PeerId] = frozenset()  # asked as long as they can be; nobody: the fastest are
     codecs: dict[PeerId, frozenset[str]] = field(default_factory=dict)  # that hosts take
+    banned: tuple[Standing, ...] = ()  # hosts of the model that aren't asked
     by_layer: dict[int, dict[int, list[PeerId]]] = field(init=False)
 
     def __post_init__(self) -> None:

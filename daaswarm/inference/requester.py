@@ -8,24 +8,30 @@ import random
 import statistics
 import threading
 from collections.abc import Awaitable, Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import outcome
 import torch
 import trio
 
 from daaswarm.core.router import ReplicaRouter
+from daaswarm.core.verify import OFF, Verify
 from daaswarm.errors import DaaswarmError, NoPeerCouldServe
 from daaswarm.inference.alone import KeptCache, generate_alone
+from daaswarm.inference.auditing import Auditor, Ledger
 from daaswarm.inference.batching import Batch, can_batch
 from daaswarm.inference.plan import HostPlan
 from daaswarm.inference.prompt import Prompt, encode_prompt
+from daaswarm.inference.recomputing import Recomputer
 from daaswarm.inference.rope import separate_ropes
 from daaswarm.inference.sequence import Sequence
 from daaswarm.inference.swarm_experts import LocalCompute, Stopped, SwarmExperts
 from daaswarm.inference.text_stream import TextStream
+from daaswarm.inference.use import AuditUse
 from daaswarm.models.devices import choose_device, explaining_full
 from daaswarm.models.manifest import Progress
+from daaswarm.models.secrets import Secrets, get_path
 from daaswarm.models.sources import LocalModel
 from daaswarm.models.trunk import ExpertsFn, load_tokenizer, load_trunk
 from daaswarm.net.network import Network, connect_all
@@ -44,13 +50,23 @@ Emit = Callable[[dict[str, Any]], Awaitable[None]]
 logger = logging.getLogger(__name__)
 
 
+class Way(NamedTuple):
+    """How hosts are asked. ``codec``: of rows and sums, with those that take it; ``verify``: how they are checked."""
+
+    codec: Codec = "none"
+    verify: Verify = OFF
+
+
+PLAIN = Way()
+
+
 class Trunk:
     """A model without its experts, and what it needs to read and write text.
 
     Attributes:
         can_batch: its answers share forward passes.
-        batches: where they do, by the codec that their hosts are asked in: an answer never continues with keys and
-            values that came of another codec.
+        batches: where they do, by the way in which their hosts are asked: an answer never continues with keys and
+            values that came of another codec, or that were checked less.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -58,12 +74,14 @@ class Trunk:
         self.tokenizer = tokenizer
         self.parameters = sum(p.numel() for p in model.parameters())
         self.can_batch = can_batch(model)
-        self.batches: dict[Codec, Batch] = {}
-        self._kept: dict[Codec, KeptCache] = {}
+        self.batches: dict[Way, Batch] = {}
+        self._kept: dict[Way, KeptCache] = {}
 
-    def get_kept(self, codec: Codec = "none") -> KeptCache:
-        """What answers that don't share passes leave for the next one in the same codec. Call from trio."""
-        return self._kept.setdefault(codec, KeptCache(self.model))
+    def get_kept(self, way: Way) -> KeptCache:
+        """What answers that don't share passes leave for the next one in the same way. Call from trio."""
+        while len(self._kept) >= BATCHES and way not in self._kept:
+            del self._kept[next(iter(self._kept))]
+        return self._kept.setdefault(way, KeptCache(self.model))
 
     def forget(self) -> None:
         """Keep nothing of earlier answers."""
@@ -129,6 +147,8 @@ class Requester:
         note_gone: is told of a host that didn't answer, so that no other answer waits for it.
         threads: torch's threads; 0 leaves torch's choice.
         device: where trunks compute, as the setting ``infer.device`` says it.
+        ledger: what is known of hosts; without one nothing is checked.
+        cache: where secrets for audits may be.
 
     Raises:
         ConfigError: there is no such device.
@@ -145,7 +165,11 @@ class Requester:
         note_gone: Callable[[PeerId], None] | None = None,
         threads: int = 0,
         device: str = "cpu",
+        ledger: Ledger | None = None,
+        cache: Path | None = None,
     ) -> None:
+        self._ledger = ledger
+        self._cache = cache
         self._device = choose_device(device, key=DEVICE_KEY)
         if threads:
             torch.set_num_threads(threads)
@@ -191,7 +215,9 @@ class Requester:
         separate_ropes(trunk, lambda: self._current.ropes)
         return Trunk(trunk, load_tokenizer(model))
 
-    def make_experts(self, model: LocalModel, plan: HostPlan, codec: Codec = "none") -> SwarmExperts:
+    def make_experts(
+        self, model: LocalModel, plan: HostPlan, codec: Codec = "none", verify: Verify = OFF
+    ) -> SwarmExperts:
         """The experts of one answer, or of one batch. Call from trio; the object then lives in the model's thread."""
         return SwarmExperts(
             plan,
@@ -203,7 +229,16 @@ class Requester:
             local=self._local,
             note_gone=self._note_gone_from_thread,
             codec=codec,
+            auditor=self._make_auditor(model, plan.dtype, verify),
         )
+
+    def _make_auditor(self, model: LocalModel, dtype: Dtype, verify: Verify) -> Auditor | None:
+        if verify.kind == "off" or self._ledger is None:
+            return None
+        secrets = None
+        if self._cache is not None and (path := get_path(self._cache, model.root, dtype)).exists():
+            secrets = Secrets(path, model.root, dtype)
+        return Auditor(verify, self._ledger, model.root, secrets, Recomputer(model, dtype))
 
     def _note_gone_from_thread(self, peer: PeerId) -> None:
         if self._note_gone is not None:
@@ -218,12 +253,9 @@ class Requester:
         return plan
 
     async def answer(
-        self, model: LocalModel, trunk: Trunk, plan: HostPlan, prompt: Prompt, emit: Emit, codec: Codec = "none"
+        self, model: LocalModel, trunk: Trunk, plan: HostPlan, prompt: Prompt, emit: Emit, way: Way = PLAIN
     ) -> dict[str, Any]:
         """Generate; pieces of text go to ``emit`` as they come.
-
-        Args:
-            codec: of rows and sums, with the hosts that take it.
 
         Raises:
             NoPeerCouldServe: with the text so far.
@@ -252,7 +284,7 @@ class Requester:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pass_on)
-            await self.complete(model, trunk, plan, sequence, codec)
+            await self.complete(model, trunk, plan, sequence, way)
             send.close()  # in trio's queue behind the last piece, so pass_on sees all of it first
         error = sequence.error
         if isinstance(error, NoPeerCouldServe):
@@ -261,10 +293,10 @@ class Requester:
             raise DaaswarmError("the node is leaving: the answer was not finished") from error
         if error is not None:
             raise error
-        return describe(model, trunk, plan, sequence, codec)
+        return describe(model, trunk, plan, sequence, way)
 
     async def complete(
-        self, model: LocalModel, trunk: Trunk, plan: HostPlan, sequence: Sequence, codec: Codec = "none"
+        self, model: LocalModel, trunk: Trunk, plan: HostPlan, sequence: Sequence, way: Way = PLAIN
     ) -> None:
         """Run a sequence to its end; an error is left in it. Cancelling ends its calls.
 
@@ -272,16 +304,18 @@ class Requester:
             Busy: too many answers wait already.
         """
         if trunk.can_batch:
-            await self._complete_together(model, trunk, plan, sequence, codec)
+            await self._complete_together(model, trunk, plan, sequence, way)
         else:
-            await self._complete_alone(model, trunk, plan, sequence, codec)
+            await self._complete_alone(model, trunk, plan, sequence, way)
 
     async def _complete_together(
-        self, model: LocalModel, trunk: Trunk, plan: HostPlan, sequence: Sequence, codec: Codec
+        self, model: LocalModel, trunk: Trunk, plan: HostPlan, sequence: Sequence, way: Way
     ) -> None:
-        if codec not in trunk.batches:
-            trunk.batches[codec] = Batch(trunk.model, self.make_experts(model, plan, codec))
-        batch = trunk.batches[codec]
+        if way not in trunk.batches:
+            while len(trunk.batches) >= BATCHES:
+                del trunk.batches[next(iter(trunk.batches))]
+            trunk.batches[way] = Batch(trunk.model, self.make_experts(model, plan, *way))
+        batch = trunk.batches[way] = trunk.batches.pop(way)  # the last used comes last
         ended = trio.Event()
         in_trio = trio.lowlevel.current_trio_token().run_sync_soon
         if batch.submit(sequence, plan, lambda: in_trio(ended.set)):
@@ -304,10 +338,10 @@ class Requester:
             raise
 
     async def _complete_alone(
-        self, model: LocalModel, trunk: Trunk, plan: HostPlan, sequence: Sequence, codec: Codec
+        self, model: LocalModel, trunk: Trunk, plan: HostPlan, sequence: Sequence, way: Way
     ) -> None:
         async with self._alone:
-            experts, kept = self.make_experts(model, plan, codec), trunk.get_kept(codec)
+            experts, kept = self.make_experts(model, plan, *way), trunk.get_kept(way)
 
             def stop() -> None:
                 sequence.is_cancelled = True
@@ -320,6 +354,7 @@ class Requester:
                     sequence.end("error", error)
                 finally:
                     sequence.note_use(*experts.take_use(), share=1.0)
+                    sequence.audits.add(experts.take_audits())
 
             await self.run_model(experts, work, stop)
 
@@ -357,9 +392,7 @@ class Requester:
         return done.unwrap()
 
 
-def describe(
-    model: LocalModel, trunk: Trunk, plan: HostPlan, sequence: Sequence, codec: Codec = "none"
-) -> dict[str, Any]:
+def describe(model: LocalModel, trunk: Trunk, plan: HostPlan, sequence: Sequence, way: Way = PLAIN) -> dict[str, Any]:
     """The result object of the command contract."""
     tokens = len(sequence.token_ids)
     first_s = sequence.first_token_at - sequence.started_at if sequence.first_token_at else sequence.seconds
@@ -383,7 +416,8 @@ def describe(
         "model": model.name,
         "model_root": model.root,
         "dtype": plan.dtype,
-        "codec": codec,
+        "codec": way.codec,
+        "verify": describe_audits(way.verify, sequence.audits),
         "finish_reason": sequence.finish_reason,
         "prompt_tokens": sequence.prompt_tokens,
         "reused_tokens": sequence.reused_tokens,
@@ -397,4 +431,16 @@ def describe(
         "requester_parameters": trunk.parameters,
         "remote_parameters": remote,
         "hosts": hosts,
+    }
+
+
+def describe_audits(verify: Verify, audits: AuditUse) -> dict[str, Any]:
+    """The part of the result that says what was checked."""
+    return {
+        "mode": str(verify),
+        "sketched": audits.sketched,
+        "compared": audits.compared,
+        "recomputed": audits.recomputed,
+        "unchecked": audits.unchecked,
+        "wrong": [{"peer_id": peer, "calls": count} for peer, count in sorted(audits.wrong.items())],
     }

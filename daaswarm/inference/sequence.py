@@ -13,7 +13,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 
 from daaswarm.errors import ConfigError
 from daaswarm.inference.text_stream import TextStream
-from daaswarm.inference.use import HostUse
+from daaswarm.inference.use import AuditUse, HostUse
 from daaswarm.types import PeerId
 
 
@@ -75,6 +75,7 @@ class Sequence:
     logits: list[Tensor] = field(default_factory=list)  # (1, vocabulary) f32 each
     hosts: dict[PeerId, HostUse] = field(default_factory=dict)  # who computed it
     retries: int = 0
+    audits: AuditUse = field(default_factory=AuditUse)  # of its calls, those that it shared with others included
     is_cancelled: bool = False
     error: BaseException | None = None
     finish_reason: str = "stop"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,13 +29,16 @@ from daaswarm.errors import (
     TooLarge,
     Unreachable,
 )
+from daaswarm.inference.auditing import Auditor
+from daaswarm.inference.checking import Checks
 from daaswarm.inference.hedged import Computed, Part, Race, Sent, wait_for_races
 from daaswarm.inference.plan import HostPlan
 from daaswarm.inference.shares import Share
-from daaswarm.inference.use import LATENCIES, HostUse
+from daaswarm.inference.use import LATENCIES, AuditUse, HostUse
 from daaswarm.messages import ExpertCall, ExpertReply
 from daaswarm.models import codecs
 from daaswarm.models.devices import to_device, to_host
+from daaswarm.models.opened import read_opened
 from daaswarm.net.network import Network
 from daaswarm.net.pending import PendingCall
 from daaswarm.types import Codec, PeerId
@@ -70,6 +74,7 @@ class SwarmExperts:
         local: computes the calls that the router gives to this node itself.
         note_gone: is told of a host that may have died (from the model's thread).
         codec: in which hosts that take it get rows and give sums; this node's own experts never.
+        auditor: decides whose answers are checked, and judges them.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class SwarmExperts:
         local: LocalCompute | None = None,
         note_gone: Callable[[PeerId], None] | None = None,
         codec: Codec = "none",
+        auditor: Auditor | None = None,
     ) -> None:
         self.plan = plan
         self.hosts: dict[PeerId, HostUse] = {}
@@ -99,6 +105,8 @@ class SwarmExperts:
         self._dtype = TORCH_DTYPES[plan.dtype]
         self._codec = "" if codec == "none" else codec
         self._coded: tuple[torch.Tensor, memoryview | None] | None = None  # the rows encoded last
+        self._auditor = auditor
+        self._checks = Checks(auditor, self) if auditor is not None else None
         self._dead: set[PeerId] = set()
         self._silent: dict[PeerId, float] = {}  # since when: other answers that need them don't wait as long again
         self._in_flight: list[PendingCall] = []
@@ -153,6 +161,10 @@ class SwarmExperts:
         """What each host did since the last time, and how many calls were tried again."""
         use, self.hosts, retries, self.retries = self.hosts, {}, self.retries, 0
         return use, retries
+
+    def take_audits(self) -> AuditUse:
+        """What was checked since the last time."""
+        return AuditUse() if self._auditor is None else self._auditor.take_use()
 
     def use_plan(self, plan: HostPlan) -> None:
         """Ask these hosts from now on. Call from the model's thread, between passes."""
@@ -298,7 +310,8 @@ class SwarmExperts:
 
     def _get_left_out(self, share: Share) -> set[PeerId]:
         """Hosts that it makes no sense to ask for this share."""
-        return share.failed | self._dead | self._get_silent()
+        banned = self._auditor.get_banned() if self._auditor is not None else set()
+        return share.failed | self._dead | self._get_silent() | banned
 
     def _get_silent(self) -> set[PeerId]:
         if self._silent:
@@ -335,24 +348,33 @@ class SwarmExperts:
     def _send(self, layer: int, peer: PeerId, share: Share) -> Sent:
         if self.stop.is_set():
             raise Stopped
-        codec = self._codec if self._codec and self._codec in self.plan.codecs.get(peer, ()) else ""
-        call, body = self._make_call(layer, share, codec)
+        opened = self._auditor is not None and self._auditor.opens(peer, layer)
+        codec = self._codec if self._codec and self._codec in self.plan.codecs.get(peer, ()) and not opened else ""
+        return self.submit(layer, peer, share, codec=codec, opened=opened)
+
+    def submit(self, layer: int, peer: PeerId, share: Share, *, codec: str = "", opened: bool = False) -> Sent:
+        """Ask a host for a share.
+
+        Raises:
+            TooLarge, LocalProtocolError: ours: no other host would be sent anything else.
+        """
+        call, body = self._make_call(layer, share, codec, opened)
         size = sum(len(part) for part in body)
         deadline_s = self._get_deadline_s(layer, peer, share)
         try:
             pending = self._network.submit(self.plan.contacts[peer], call, body, deadline_s=deadline_s)
-        except (TooLarge, LocalProtocolError):  # ours: no other host would be sent anything else
+        except (TooLarge, LocalProtocolError):
             raise
         except DaaswarmError as error:
-            return Sent(peer, share, error, size)
+            return Sent(peer, share, error, size, call)
         self._in_flight.append(pending)
-        return Sent(peer, share, pending, size, codec=codec, has_coded_rows=bool(call.codec))
+        return Sent(peer, share, pending, size, call, codec=codec, has_coded_rows=bool(call.codec))
 
     def _compute_here(self, layer: int, share: Share) -> Sent:
         if self.stop.is_set():
             raise Stopped
         assert self._local is not None
-        call, parts = self._make_call(layer, share, "")
+        call, parts = self._make_call(layer, share)
         body = bytearray().join(parts)
         started = time.monotonic()
         try:
@@ -360,11 +382,13 @@ class SwarmExperts:
         except (TooLarge, LocalProtocolError):
             raise
         except DaaswarmError as error:
-            return Sent(self._network.peer_id, share, error, len(body))
+            return Sent(self._network.peer_id, share, error, len(body), call)
         computed = Computed(reply, memoryview(bytearray().join(sums)), time.monotonic() - started)
-        return Sent(self._network.peer_id, share, computed, len(body))
+        return Sent(self._network.peer_id, share, computed, len(body), call)
 
-    def _make_call(self, layer: int, share: Share, codec: str) -> tuple[ExpertCall, list[memoryview]]:
+    def _make_call(
+        self, layer: int, share: Share, codec: str = "", opened: bool = False
+    ) -> tuple[ExpertCall, list[memoryview]]:
         coded = self._encode(share.rows, codec) if codec else None
         call = ExpertCall(
             model_root=self.plan.root,
@@ -376,6 +400,7 @@ class SwarmExperts:
             pairs=0 if share.pair_rows is None else len(share.pair_rows),
             codec="" if coded is None else codec,
             reply_codec=codec,
+            opened=opened,
         )
         body = [as_bytes(share.rows) if coded is None else coded]
         if share.pair_rows is not None and share.pair_experts is not None and share.pair_weights is not None:
@@ -461,12 +486,29 @@ class SwarmExperts:
         Raises:
             DaaswarmError: there is none, or a bad one.
         """
-        reply, body = self._wait(item.call)
+        reply, body = self.wait(item.call)
+        if item.request.opened:
+            answer = read_opened(item.request, reply, body)
+            sums = self._check_finite(item.share, answer.sums)
+            self._note_reply(item, reply, len(body))
+            if self._checks is not None:
+                sums = self._checks.check_opened(item, answer)
+            return item.share.into, sums
         sums = self._read(item, reply, body)
         self._note_reply(item, reply, len(body))
+        if self._checks is not None and item.peer != self._network.peer_id:
+            sums = self._checks.check(item, sums)
         return item.share.into, sums
 
-    def _wait(self, call: PendingCall | Computed | DaaswarmError) -> tuple[ExpertReply, memoryview]:
+    def find_twin(self, item: Sent) -> PeerId | None:
+        """Another host that holds all experts of a share; any."""
+        share, layer = item.share, item.request.layer
+        left_out = {item.peer, self._network.peer_id, *share.busy, *self._get_left_out(share)}
+        candidates = self.plan.by_layer[layer]
+        holders = set.intersection(*(set(candidates.get(expert, ())) for expert in share.experts)) - left_out
+        return random.choice(sorted(holders)) if holders else None
+
+    def wait(self, call: PendingCall | Computed | DaaswarmError) -> tuple[ExpertReply, memoryview]:
         if isinstance(call, DaaswarmError):
             raise call
         try:
@@ -478,6 +520,11 @@ class SwarmExperts:
         if not isinstance(reply, ExpertReply):
             raise RemoteProtocolError(f"an expert call was answered by {type(reply).__name__}")
         return reply, body
+
+    def read(self, item: Sent) -> torch.Tensor:
+        """The sums of a call that isn't opened, and isn't a share's own. Raises as :meth:`_take` does."""
+        reply, body = self.wait(item.call)
+        return self._read(item, reply, body)
 
     def _read(self, item: Sent, reply: ExpertReply, body: memoryview) -> torch.Tensor:
         share = item.share
@@ -494,7 +541,9 @@ class SwarmExperts:
                 f"an expert reply has {reply.rows} x {reply.hidden} rows in {len(body)} bytes; "
                 f"{rows} x {hidden} f32 were due"
             )
-        sums = torch.frombuffer(body, dtype=torch.float32).view(rows, hidden)
+        return self._check_finite(share, torch.frombuffer(body, dtype=torch.float32).view(rows, hidden))
+
+    def _check_finite(self, share: Share, sums: torch.Tensor) -> torch.Tensor:
         # What isn't finite on its way out can't come back finite.
         if not is_finite(sums) and is_finite(share.rows) and is_finite(share.pair_weights):
             raise RemoteProtocolError("an expert reply has numbers that are not finite")

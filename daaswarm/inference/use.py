@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from daaswarm.types import PeerId
+
 LATENCIES = 100_000  # kept per host and answer for the median
 
 
@@ -26,3 +28,22 @@ class HostUse:
         self.bytes_sent += other.bytes_sent * share
         self.bytes_received += other.bytes_received * share
         self.latencies_s += other.latencies_s[: LATENCIES - len(self.latencies_s)]
+
+
+@dataclass
+class AuditUse:
+    """Audits since the last time that somebody asked."""
+
+    sketched: int = 0  # calls that were checked by sketches
+    compared: int = 0  # with another host's answer
+    recomputed: int = 0  # here
+    unchecked: int = 0  # drawn, and there was no way to
+    wrong: dict[PeerId, int] = field(default_factory=dict)
+
+    def add(self, other: AuditUse) -> None:
+        self.sketched += other.sketched
+        self.compared += other.compared
+        self.recomputed += other.recomputed
+        self.unchecked += other.unchecked
+        for peer, count in other.wrong.items():
+            self.wrong[peer] = self.wrong.get(peer, 0) + count

@@ -82,6 +82,7 @@ class DenseSlices:
         down_bias: Tensor | None = None,
     ) -> None:
         self.ids = ids
+        self.activation = activation
         self.act = ACTIVATIONS[activation]
         self.held = gate.shape[0]
         self._whole: tuple[Matrix, Matrix] | None = lay_out(torch.cat((gate, up)), down)
@@ -108,17 +109,60 @@ class DenseSlices:
             self.unpack()
         if is_whole:
             return self._compute_whole(rows)
-        places = sorted(self.place[number] for number in set(slices))
         total: Tensor | None = None
-        start = 0
-        for i in range(1, len(places) + 1):
-            if i == len(places) or places[i] != places[i - 1] + 1:
-                part = self._compute_run(rows, places[start] * self.width, (places[i - 1] + 1) * self.width)
-                total = part if total is None else total.add_(part)
-                start = i
+        for run in _find_runs(sorted(self.place[number] for number in set(slices))):
+            part = self._compute_run(rows, run[0] * self.width, (run[-1] + 1) * self.width)
+            total = part if total is None else total.add_(part)
         if total is None:
             return torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
         return total if self.down_bias is None or 0 not in slices else total.add_(self.down_bias)
+
+    @property
+    def has_bias(self) -> bool:
+        return not (self.gate_bias is None and self.up_bias is None and self.down_bias is None)
+
+    def open(self, rows: Tensor, slices: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gate, up and hidden activations, (n, slices * width) in the weights' dtype, slices in ascending order;
+        and what :meth:`compute` gives.
+        """
+        gates, ups, hiddens = [], [], []
+        total = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
+        whole = self._whole if slices == self.ids else None
+        for places in [None] if whole is not None else _find_runs(sorted(self.place[number] for number in set(slices))):
+            if whole is not None:
+                first, second = whole
+                gate, up = first(fill(rows, first.least_rows)).split(self.held, 1)
+                hidden = self.act(gate) * up
+                out = second(hidden)[: len(rows)]
+            else:
+                self.unpack()
+                assert places is not None
+                start, end = places[0] * self.width, (places[-1] + 1) * self.width
+                gate = rows @ self.gate_up[:, start:end]
+                up = rows @ self.gate_up[:, self.held + start : self.held + end]
+                hidden = self.act(gate) * up
+                out = hidden @ self.down[start:end]
+            total += out
+            for kept, value in zip((gates, ups, hiddens), (gate, up, hidden), strict=True):
+                kept.append(value[: len(rows)])
+        return torch.cat(gates, 1), torch.cat(ups, 1), torch.cat(hiddens, 1), total
+
+    def get_matrices(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Gate, up (width, hidden) and down (hidden, width) of each slice held."""
+        whole = self._whole
+        if whole is not None:
+            first, down = (matrix.unpack() for matrix in whole)
+        else:
+            first, down = self.gate_up.t(), self.down.t()
+        w = self.width
+        return [
+            (
+                first[i * w : (i + 1) * w],
+                first[self.held + i * w : self.held + (i + 1) * w],
+                down[:, i * w : (i + 1) * w],
+            )
+            for i in range(len(self.ids))
+        ]
 
     def _compute_whole(self, rows: Tensor) -> Tensor:
         whole = self._whole
@@ -145,6 +189,17 @@ class DenseSlices:
         if torch.is_grad_enabled():  # some activations' gradients need their own result as it was
             return self.act(gate) * up
         return self.act(gate).mul_(up)
+
+
+def _find_runs(places: list[int]) -> list[list[int]]:
+    """Ascending numbers, cut where one is missing: ``[0, 1, 3]`` is ``[[0, 1], [3]]``."""
+    runs: list[list[int]] = []
+    for place in places:
+        if runs and place == runs[-1][-1] + 1:
+            runs[-1].append(place)
+        else:
+            runs.append([place])
+    return runs
 
 
 def find_formula(

@@ -82,6 +82,55 @@ class LayerExperts:
                 raise _not_held(missing, self.ids)
         return self._dense.compute(rows, slices)
 
+    @property
+    def can_open(self) -> bool:
+        """Whether these are gated FFNs without biases, so that what stands between can be opened and checked."""
+        held = self._dense or self._moe
+        assert held is not None
+        return bool(held.activation) and not held.has_bias
+
+    @property
+    def activation(self) -> str:
+        """A key of :data:`daaswarm.models.dense.ACTIVATIONS`; empty where it is another."""
+        held = self._dense or self._moe
+        assert held is not None
+        return held.activation
+
+    def get_matrices(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Gate, up (width, hidden) and down (hidden, width) of each expert or slice held, if they :attr:`can_open`."""
+        held = self._dense or self._moe
+        assert held is not None
+        return held.get_matrices()
+
+    @torch.inference_mode()
+    def open_pairs(
+        self, rows: Tensor, row_index: Tensor, expert_index: Tensor, weights: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """:meth:`compute_pairs`, and of each pair its gate, up and hidden activations, (pairs, width), and its expert's
+        output, (pairs, hidden), all in the compute dtype.
+
+        Raises:
+            ExpertError: as :meth:`compute_pairs`; or the experts are of another form.
+        """
+        if self._moe is None or not self.can_open:
+            raise ExpertError("these experts can't be opened", hint="compare two hosts instead")
+        return self._moe.open(rows, row_index, expert_index, weights)
+
+    @torch.inference_mode()
+    def open_slices(self, rows: Tensor, slices: list[int]) -> tuple[Tensor, list[Tensor]]:
+        """:meth:`compute_slices`, and gate, up and hidden activations, (n, slices * width) in the compute dtype.
+
+        Raises:
+            ExpertError: as :meth:`compute_slices`; or the slices are of another form.
+        """
+        if self._dense is None or not self.can_open:
+            raise ExpertError("these slices can't be opened", hint="compare two hosts instead")
+        missing = sorted(set(slices) - set(self.ids))
+        if missing:
+            raise _not_held(missing, self.ids)
+        *activations, sums = self._dense.open(rows, slices)
+        return sums, activations
+
     def to(self, device: torch.device) -> LayerExperts:
         """Move the weights to a device, in place."""
         if self._moe is not None:
@@ -115,6 +164,8 @@ class MoeExperts:
             self.own = not self._agrees()
         except (AttributeError, RuntimeError, TypeError):  # a class that follows the interface only in part
             self.own = True
+        self.activation = "" if self.own else self._find_activation()
+        self.has_bias = not self.own and module.has_bias
         if not self.own:
             for name in self._get_names():
                 delattr(module, name)
@@ -164,12 +215,7 @@ class MoeExperts:
             self.unpack()
         out = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
         experts = expert_index.tolist()
-        row_numbers = row_index.tolist()
-        missing = sorted(set(experts) - self.place.keys())
-        if missing:
-            raise _not_held(missing, self.ids)
-        if row_numbers and not 0 <= min(row_numbers) <= max(row_numbers) < rows.shape[0]:
-            raise ExpertError(f"a pair names row {max(row_numbers)}; the call has {rows.shape[0]} rows")
+        self._check(experts, row_index.tolist(), rows.shape[0])
         by_expert: dict[int, list[int]] = {}
         for pair, expert in enumerate(experts):
             by_expert.setdefault(expert, []).append(pair)
@@ -186,6 +232,13 @@ class MoeExperts:
             out.index_add_(0, at, y)
         return out
 
+    def _check(self, experts: list[int], row_numbers: list[int], rows: int) -> None:
+        missing = sorted(set(experts) - self.place.keys())
+        if missing:
+            raise _not_held(missing, self.ids)
+        if row_numbers and not 0 <= min(row_numbers) <= max(row_numbers) < rows:
+            raise ExpertError(f"a pair names row {max(row_numbers)}; the call has {rows} rows")
+
     def _apply(self, rows: Tensor, place: int) -> Tensor:
         """One expert on (n, hidden) rows, unweighted."""
         if self.own:
@@ -198,6 +251,46 @@ class MoeExperts:
         h = self._gate(_multiply(fill(rows, first.least_rows), first, self._first_bias[place]))
         y = _multiply(h, down, self._down_bias[place])[: len(rows)]
         return y if self._norm is None else self._norm(y)
+
+    def open(
+        self, rows: Tensor, row_index: Tensor, expert_index: Tensor, weights: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """:meth:`compute`, and gate, up, hidden and output of each pair."""
+        sums = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
+        opened: list[Tensor] = []
+        row_index = row_index.long()
+        self._check(expert_index.tolist(), row_index.tolist(), len(rows))
+        for expert in expert_index.unique().tolist():
+            chosen = (expert_index == expert).nonzero()[:, 0]
+            at = row_index[chosen]
+            first, down = self._matrices[self.place[expert]]
+            both = first(fill(rows[at], first.least_rows))
+            hidden = self._gate(both)
+            out = down(hidden)[: len(at)]
+            sums.index_add_(0, at, out.float() * weights[chosen, None].float())
+            values = [*(each[: len(at)] for each in both.chunk(2, -1)), hidden[: len(at)], out]
+            if not opened:
+                opened = [torch.empty(len(row_index), each.shape[1], dtype=each.dtype) for each in values]
+            for kept, value in zip(opened, values, strict=True):
+                kept[chosen] = value
+        return sums, opened
+
+    def get_matrices(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Gate, up (width, hidden) and down (hidden, width) of each expert held."""
+        every = ((first.unpack(), down.unpack()) for first, down in self._matrices)
+        return [(*first.tensor_split(2), down) for first, down in every]  # type: ignore[misc]
+
+    @torch.inference_mode()
+    def _find_activation(self) -> str:
+        """The activation of a gated FFN without anything else to it; empty where it is none."""
+        if not self.module.has_gate or self._norm is not None or self.module.has_bias:
+            return ""
+        width = self._matrices[0][1].unpack().shape[1]
+        both = torch.randn(4, 2 * width, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 4
+        gate, up = both.chunk(2, -1)
+        got = self._gate(both)
+        found = (name for name, act in ACTIVATIONS.items() if torch.allclose(got, act(gate) * up, rtol=1e-7, atol=1e-9))
+        return next(found, "")
 
     @torch.inference_mode()
     def _agrees(self) -> bool:

@@ -6,13 +6,15 @@ import logging
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import trio
 
-from daaswarm.config import Config
+from daaswarm.config import Config, get_cache_dir
 from daaswarm.core.adverts import Known, choose_dtype, is_covered, leave_out_paused, rank_dtypes
+from daaswarm.core.verify import parse_verify
 from daaswarm.errors import ConfigError, NoPeerCouldServe
 from daaswarm.messages import ExpertCall
 from daaswarm.models.sources import LocalModel
@@ -22,6 +24,7 @@ from daaswarm.net.network import connect_all
 from daaswarm.node.advising import check_feasible, get_warning
 from daaswarm.node.hosting import Hosting
 from daaswarm.node.reporting import Emit, Event, get_model, make_progress
+from daaswarm.node.trusting import Trusting
 from daaswarm.types import Dtype, PeerId
 
 if TYPE_CHECKING:
@@ -40,11 +43,19 @@ class Answering:
         discovery: finds the hosts.
         hosting: this node's own experts, which it asks without a call.
         nursery: runs what several answers share.
+        trusting: what is known of hosts.
     """
 
     def __init__(
-        self, config: Config, network: TcpNetwork, discovery: Discovery, hosting: Hosting, nursery: trio.Nursery
+        self,
+        config: Config,
+        network: TcpNetwork,
+        discovery: Discovery,
+        hosting: Hosting,
+        nursery: trio.Nursery,
+        trusting: Trusting,
     ) -> None:
+        self._trusting = trusting
         self._config = config
         self._network = network
         self._discovery = discovery
@@ -104,6 +115,7 @@ class Answering:
             else:
                 nursery.start_soon(self.get_requester)  # seconds of imports, while hosts are looked for
             plan = await self.find_hosts(model, dtype)
+            await self._say_who_is_banned(plan, emit)
             try:
                 if embedded is None and not params.get("force"):
                     await self._advise(model, plan, params, emit)
@@ -117,6 +129,8 @@ class Answering:
                 text = f"no answer from the hosts that compute in {plan.dtype}: asking those in {other.dtype}"
                 await emit({"event": "message", "text": text})
                 result = await self._ask(model, other, params, emit)
+            finally:
+                await self._trusting.save()
         hosts = {host["peer_id"] for host in result["hosts"]}
         return {**result, "embedded": embedded is not None or (bool(hosts) and hosts <= self._held)}
 
@@ -160,7 +174,15 @@ class Answering:
         await self.connect_hosts(plan)
         requester = await self.get_requester()
         trunk = await requester.load(model, plan.dtype, make_progress(emit))
-        return await requester.answer(model, trunk, plan, make_prompt(params), emit, params.get("codec", "none"))
+        from daaswarm.inference.requester import Way
+
+        way = Way(params.get("codec", "none"), parse_verify(params.get("verify", "off")))
+        return await requester.answer(model, trunk, plan, make_prompt(params), emit, way)
+
+    async def _say_who_is_banned(self, plan: HostPlan, emit: Emit) -> None:
+        for standing in plan.banned:
+            text = f"not asked: {standing.peer_id}, {standing.reason} (daaswarm peers forgive undoes that)"
+            await emit({"event": "message", "text": text})
 
     async def _prepare(self, model: LocalModel, dtype: Dtype, emit: Emit) -> None:
         """Have the trunk in memory before it is needed."""
@@ -171,12 +193,21 @@ class Answering:
         """Who serves the model now, in one dtype."""
         from daaswarm.inference.plan import make_plan
 
-        def is_enough(known: list[Known]) -> bool:
-            return is_covered(known, model.layers, kind=model.kind, dtype=dtype)
+        banned = await self._trusting.get_banned()
 
-        known = await self._discovery.find_adverts(model.root, is_enough)
+        def leave_out_banned(known: list[Known]) -> list[Known]:
+            return [each for each in known if PeerId(each.advert.peer_id) not in banned]
+
+        def is_enough(known: list[Known]) -> bool:
+            return is_covered(leave_out_banned(known), model.layers, kind=model.kind, dtype=dtype)
+
+        found = await self._discovery.find_adverts(model.root, is_enough)
+        known = leave_out_banned(found)
         awake = leave_out_paused(known, model.layers, kind=model.kind)
-        return make_plan(model, known, choose_dtype(awake, dtype, model.layers, kind=model.kind), self._get_island())
+        chosen = choose_dtype(awake, dtype, model.layers, kind=model.kind)
+        plan = make_plan(model, known, chosen, self._get_island())
+        left_out = tuple(banned[peer] for each in found if (peer := PeerId(each.advert.peer_id)) in banned)
+        return replace(plan, banned=left_out)
 
     async def _find_other(self, model: LocalModel, tried: Dtype) -> HostPlan | None:
         """The best dtype but one, if every expert has a host in it."""
@@ -211,6 +242,8 @@ class Answering:
                     note_gone=self._discovery.spreader.note_failed,
                     threads=self._config.infer.threads,
                     device=self._config.infer.device,
+                    ledger=await self._trusting.get_ledger(),
+                    cache=get_cache_dir(),
                 )
             return self._requester
 
@@ -240,7 +273,13 @@ class Answering:
             threads=self._config.host.threads or max(1, (os.cpu_count() or 1) // count),
         ) as hosts:
             await emit({"event": "embedded", "hosts": [{"peer_id": h.peer_id, "addrs": h.addrs} for h in hosts]})
-            yield {PeerId(host.peer_id) for host in hosts}
+            peers = {PeerId(host.peer_id) for host in hosts}
+            ledger = await self._trusting.get_ledger()
+            ledger.exempt |= peers  # this program, on this machine
+            try:
+                yield peers
+            finally:
+                ledger.exempt -= peers
 
 
 def make_prompt(params: Event) -> Prompt:

@@ -51,6 +51,7 @@ from daaswarm.node.reaching import Reaching
 from daaswarm.node.remembering import Remembering
 from daaswarm.node.reporting import Emit, Event
 from daaswarm.node.sharing import Sharing
+from daaswarm.node.trusting import Trusting
 from daaswarm.store.data_dir import DataDir
 from daaswarm.store.node_store import NodeStore
 from daaswarm.types import PeerId
@@ -94,7 +95,8 @@ class SwarmCoordinator:
         self.discovery = discovery
         self.hosting = Hosting(config, discovery)
         discovery.spreader.get_load = lambda: self.hosting.service.queue_depth if self.hosting.service else 0
-        self.answering = Answering(config, network, discovery, self.hosting, nursery)
+        self.trusting = Trusting(store, network.peer_id)
+        self.answering = Answering(config, network, discovery, self.hosting, nursery, self.trusting)
         self.memory = Remembering(store, network, discovery, is_owner=is_owner)
         self.reaching = Reaching(config.network, network, discovery)
         self.neighbour = GoodNeighbour(config.host, self.hosting.set_pause)
@@ -102,7 +104,7 @@ class SwarmCoordinator:
         if upload is not None and upload.rate < relay.bucket.rate:
             relay.bucket = TokenBucket(upload.rate)  # as much again, for what others say to each other
         self.sharing = Sharing(self.hosting, self.neighbour)
-        self.operating = Operating(config, network, discovery, self.hosting, store, self.bootstrap)
+        self.operating = Operating(config, network, discovery, self.hosting, store, self.trusting, self.bootstrap)
         self.diagnosing = Diagnosing(config, network, discovery, self.reaching, is_running=is_owner)
         self.started_at = time.time()
         self.has_bootstrap = False
@@ -221,6 +223,7 @@ class SwarmCoordinator:
             with trio.move_on_after(DRAIN_S):
                 await self.network.drain()
         self.sharing.close()
+        await self.trusting.save()
         await self.memory.save()
 
     # -- what a node is for -------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from daaswarm.node.hosting import Hosting
 from daaswarm.node.pulling import Pulling
 from daaswarm.node.reporting import Emit, Event
 from daaswarm.node.surveying import Surveying
+from daaswarm.node.trusting import Trusting
 from daaswarm.store.node_store import NodeStore
 
 Bootstrap = Callable[[list[str]], Awaitable[None]]
@@ -30,11 +31,13 @@ class Operating:
         discovery: Discovery,
         hosting: Hosting,
         store: NodeStore,
+        trusting: Trusting,
         bootstrap: Bootstrap,
     ) -> None:
         self.deploying = Deploying(hosting, store, default_dtype=config.host.dtype)
-        self.surveying = Surveying(network, discovery, hosting, store)
+        self.surveying = Surveying(network, discovery, hosting, store, trusting)
         self.pulling = Pulling(network, discovery)
+        self._trusting = trusting
         self._hosting = hosting
         self._bootstrap = bootstrap
 
@@ -42,6 +45,8 @@ class Operating:
         """The result of a method; None for one that isn't of these."""
         if method == "peers":
             return await self.surveying.list_peers()
+        if method == "forgive":
+            return {"peer_id": params["peer"], "known": await self._trusting.forgive(params["peer"])}
         if method == "experts":
             return {"running": True, "limit_bytes": self._hosting.limit_bytes, "hosted": self.deploying.describe()}
         if method == "deploy":

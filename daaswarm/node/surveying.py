@@ -17,6 +17,7 @@ from daaswarm.net.dataplane import TcpNetwork
 from daaswarm.net.discovery import Discovery
 from daaswarm.node.hosting import Hosting
 from daaswarm.node.reporting import Emit, Event, get_model
+from daaswarm.node.trusting import Trusting, describe_trust
 from daaswarm.store.node_store import NodeStore
 from daaswarm.types import Dtype, ModelRoot, PeerId
 
@@ -37,7 +38,10 @@ RANK = {"wrong": 0, "refused": 1, "unreachable": 2, "busy": 3, "paused": 4, "ok"
 class Surveying:
     """The asking about others of one node."""
 
-    def __init__(self, network: TcpNetwork, discovery: Discovery, hosting: Hosting, store: NodeStore) -> None:
+    def __init__(
+        self, network: TcpNetwork, discovery: Discovery, hosting: Hosting, store: NodeStore, trusting: Trusting
+    ) -> None:
+        self._trusting = trusting
         self._network = network
         self._discovery = discovery
         self._hosting = hosting
@@ -67,6 +71,9 @@ class Surveying:
         async with trio.open_nursery() as nursery:
             for _ in range(PINGS_AT_ONCE):
                 nursery.start_soon(ping_some)
+        trust = describe_trust(await self._trusting.get_standings())
+        for peer_id, peer in found.items():
+            peer["trust"] = trust.get(PeerId(peer_id))
         order = sorted(found.values(), key=lambda p: (not p["connected"], p["rtt_ms"] or 1e9, -p["last_seen"]))
         return {"running": True, "peers": order}
 
@@ -260,6 +267,7 @@ def describe_peer(peer_id: str, addrs: list[str], agent: str, last_seen: float) 
         "agent": agent,
         "last_seen": last_seen,
         "rtt_ms": None,
+        "trust": None,  # never checked
     }
 
 

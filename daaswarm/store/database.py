@@ -12,6 +12,8 @@ import msgspec
 
 from daaswarm import messages
 from daaswarm.core.adverts import from_bitmap, to_bitmap
+from daaswarm.core.reputation import ENTRIES as STANDINGS
+from daaswarm.core.reputation import Standing
 from daaswarm.errors import ConfigError, StorageError
 from daaswarm.store.files import Damaged, check_owner, open_readable, open_writable, translated
 from daaswarm.store.records import AdvertRecord, CallSummary, Deployment, ModelRecord, PeerRecord
@@ -202,6 +204,32 @@ class Database:
         for row in layers:
             held.setdefault(row["deployment_id"], {})[row["layer"]] = from_bitmap(row["experts"])
         return list(_decode(Deployment, [{**row, "held": held.get(row["id"], {})} for row in found]))
+
+    # -- trust --------------------------------------------------------------------------------------------------
+
+    def put_standings(self, standings: Iterable[Standing]) -> None:
+        """Write what audits have shown of peers, in the place of what was there. The longest unchanged ones beyond
+        :data:`STANDINGS` are forgotten, those of banned peers last.
+        """
+        with self._transaction() as execute:
+            for standing in standings:
+                execute(
+                    "INSERT OR REPLACE INTO standings (peer_id, model_root, passed, failed, suspicion, updated_at,"
+                    " banned_at, reason) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    msgspec.structs.astuple(standing),
+                )
+            execute(
+                "DELETE FROM standings WHERE (peer_id, model_root) IN (SELECT peer_id, model_root FROM standings"
+                f" ORDER BY banned_at > 0 DESC, updated_at DESC LIMIT -1 OFFSET {STANDINGS})"
+            )
+
+    def get_standings(self) -> list[Standing]:
+        """The last changed first."""
+        rows = self._read(
+            "SELECT peer_id, model_root, passed, failed, suspicion, updated_at, banned_at, reason FROM standings"
+            " ORDER BY updated_at DESC, peer_id, model_root"
+        )
+        return list(_decode(Standing, rows))
 
     # -- in common ----------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ JOURNAL_BYTES = 8 << 20  # what the write-ahead log is cut back to; a checkpoint
 SIDE_FILES = ("-wal", "-shm", "-journal")  # the last where there is no write-ahead log
 SQLITE_MIN = (3, 37, 0)  # STRICT tables; December 2021
 
-TABLES = frozenset({"peers", "adverts", "models", "deployments", "deployed_layers", "calls"})
+TABLES = frozenset({"peers", "adverts", "models", "deployments", "deployed_layers", "calls", "standings"})
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """The schema of ``node.db``, as the steps that lead to it.
 
 ``PRAGMA user_version`` counts the steps that a file has taken. A change of the schema is a new step at the end, never a
-change of an old one; ``tests/store/schemas`` keeps a file of each version to try it on.
+change of an old one, from the first release on; ``tests/store/schemas`` keeps a file of each version to try it on.
 """
 
 from __future__ import annotations
@@ -68,6 +68,18 @@ CREATE TABLE calls (
     bytes_out INTEGER NOT NULL,
     failures INTEGER NOT NULL,
     PRIMARY KEY (hour, direction, peer_id, model_root)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE standings (
+    peer_id TEXT NOT NULL,
+    model_root TEXT NOT NULL,
+    passed REAL NOT NULL,               -- audited calls; they decay, see core/reputation.py
+    failed REAL NOT NULL,
+    suspicion REAL NOT NULL,
+    updated_at REAL NOT NULL,
+    banned_at REAL NOT NULL,            -- 0: it isn't
+    reason TEXT NOT NULL,
+    PRIMARY KEY (peer_id, model_root)
 ) STRICT, WITHOUT ROWID;
 """
 

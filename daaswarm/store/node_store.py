@@ -12,6 +12,7 @@ from typing import Literal, TypeVar
 
 import trio
 
+from daaswarm.core.reputation import Standing
 from daaswarm.errors import OutcomeUnknown, StorageError
 from daaswarm.store.database import Database
 from daaswarm.store.files import Damaged, set_aside, translated
@@ -94,6 +95,15 @@ class NodeStore:
         StorageError: they can't be read, which is not to be taken for none: others would be put in their place.
         """
         return await self._access(lambda database: database.get_deployments())
+
+    # -- trust --------------------------------------------------------------------------------------------------
+
+    async def put_standings(self, standings: Sequence[Standing]) -> None:
+        """Raises what :meth:`Database.put_standings` does."""
+        await self._access(lambda database: database.put_standings(standings))
+
+    async def get_standings(self) -> list[Standing]:
+        return await self._read(lambda database: database.get_standings())
 
     # -- in common ----------------------------------------------------------------------------------------------
 

@@ -100,6 +100,7 @@ GROUPS = sorted({tuple(command.words[:-1]) for command in COMMANDS})
 # These need no settings, are there to mend them, or ask a node that has read them.
 WITHOUT_SETTINGS = {
     "completion show", "completion install", "config path", "logs", "reset", "bench expert", "peers list",
+    "peers forgive",
     "expert deploy", "expert remove", "model list", "model remove", "bench dht", "bench sim",
     "bench moe", "bench load",
     "swarm create", "swarm add", "swarm remove",

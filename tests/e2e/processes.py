@@ -16,6 +16,7 @@ from typing import Any
 
 START_S = 120  # a machine with two cores, several processes importing torch
 ANSWER_S = 180
+PROGRAM = ("-m", "daaswarm")
 
 
 def get_environment(**extra: str) -> dict[str, str]:
@@ -49,9 +50,11 @@ def run_json(*arguments: str, code: int = 0, **kwargs: Any) -> dict[str, Any]:
 class Running:
     """A command that runs for a while; its JSON lines can be waited for."""
 
-    def __init__(self, *arguments: str, prefix: Sequence[str] = (), **extra: str) -> None:
+    def __init__(
+        self, *arguments: str, prefix: Sequence[str] = (), program: Sequence[str] = PROGRAM, **extra: str
+    ) -> None:
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "daaswarm", *arguments, "--json"],
+            [*prefix, sys.executable, *program, *arguments, "--json"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -106,9 +109,11 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(*arguments: str, prefix: Sequence[str] = (), **extra: str) -> Iterator[Running]:
+def running(
+    *arguments: str, prefix: Sequence[str] = (), program: Sequence[str] = PROGRAM, **extra: str
+) -> Iterator[Running]:
     """A command until the end of the block, then SIGKILL if it still runs."""
-    command = Running(*arguments, prefix=prefix, **extra)
+    command = Running(*arguments, prefix=prefix, program=program, **extra)
     try:
         yield command
     finally:

@@ -52,7 +52,14 @@ class FailingAnswering(Answering):
             peer_id = "me"
             links = SharedLinks()
 
-        super().__init__(Config(), Network(), Discovery(), None, None)  # type: ignore[arg-type]
+        class Nobody:
+            async def get_banned(self) -> dict[Any, Any]:
+                return {}
+
+            async def save(self) -> None:
+                pass
+
+        super().__init__(Config(), Network(), Discovery(), None, None, Nobody())  # type: ignore[arg-type]
         self.failing, self.text = failing, text
         self.asked: list[str] = []
 

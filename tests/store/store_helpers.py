@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nacl.signing import SigningKey
 
+from daaswarm.core.reputation import Standing
 from daaswarm.core.signing import get_peer_id
 from daaswarm.messages import Signed
 from daaswarm.store.database import Database
@@ -50,12 +51,18 @@ def make_model(folder: str = "/models/m", used_at: float = NOW) -> ModelRecord:
     return ModelRecord(folder=folder, model_root=ROOT, name="m", kind="moe", used_at=used_at)
 
 
+def make_standing(number: int, **changes: object) -> Standing:
+    values: dict[str, object] = {"passed": 3.5, "failed": 1.0, "suspicion": 0.5, "updated_at": NOW + number}
+    return Standing(**{"peer_id": make_peer_id(number), "model_root": ROOT, "reason": "late", **values, **changes})  # type: ignore[arg-type]
+
+
 def fill(path: Path) -> None:
     """Something in each table."""
     database = Database.open(path)
     database.save([make_peer(n) for n in range(1, 30)], [make_advert(1), make_advert(2)], [make_calls()], NOW)
     database.put_model(make_model())
     database.put_deployment(make_deployment())
+    database.put_standings([make_standing(1), make_standing(2, banned_at=NOW)])
     database.close()
 
 
@@ -67,4 +74,5 @@ def read_all(database: Database) -> list[object]:
         database.get_calls(),
         database.get_models(),
         database.get_deployments(),
+        database.get_standings(),
     ]

@@ -160,7 +160,7 @@ def test_a_reader_alone_changes_nothing(path: Path) -> None:
     fill(path)
     before = path.read_bytes()
     with read_database(path) as reader:
-        assert reader is not None and len(read_all(reader)) == 5
+        assert reader is not None and len(read_all(reader)) == 6
     assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == ["node.db"]
 
 

@@ -134,7 +134,11 @@ EXAMPLES: dict[str, msgspec.Struct] = {
     "call/codec": ExpertCall(
         model_root=ROOT, layer=0, experts=[0], dtype="f32", rows=1, hidden=1, codec="int8", reply_codec="bf16",
     ),
+    "call/opened": ExpertCall(
+        model_root=ROOT, layer=0, experts=[0], dtype="f32", rows=1, hidden=1, opened=True
+    ),
     "reply": ExpertReply(rows=1, hidden=576),
+    "reply/opened": ExpertReply(rows=1, hidden=576, width=1536),
     "reply/codec": ExpertReply(rows=1, hidden=576, codec="bf16"),
     "reply/full": ExpertReply(
         rows=2, hidden=576, service_us=1500, queue_depth=3, chain=ChainRoot(count=256, root=KEY, signature=SIGNATURE)

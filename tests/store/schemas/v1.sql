@@ -88,6 +88,19 @@ INSERT INTO "peers" VALUES('12D3KooWQoRLy4xFVHfLPuhB9DMZKsohifVXtMXij7JqypgqwKtM
 INSERT INTO "peers" VALUES('12D3KooWSCufgHzV4fCwRijfH2k3abrpAJxTKxEvN1FDuRXA2U9x','["/ip4/192.0.2.3/tcp/4001"]','test/3',1800000000.0,1800000003.0,0);
 INSERT INTO "peers" VALUES('12D3KooWSsChzF81YDUKpe9Uk5AHV5oqAaXAcWNSPYgoLauUk4st','["/ip4/192.0.2.4/tcp/4001"]','test/4',1800000000.0,1800000004.0,0);
 INSERT INTO "peers" VALUES('12D3KooWSuTq6MG9gPt7qZqLFKkYrfxMewTZhj9nmRHJkPwzWDG2','["/ip4/192.0.2.5/tcp/4001"]','test/5',1800000000.0,1800000005.0,0);
+CREATE TABLE standings (
+    peer_id TEXT NOT NULL,
+    model_root TEXT NOT NULL,
+    passed REAL NOT NULL,               -- audited calls; they decay, see core/reputation.py
+    failed REAL NOT NULL,
+    suspicion REAL NOT NULL,
+    updated_at REAL NOT NULL,
+    banned_at REAL NOT NULL,            -- 0: it isn't
+    reason TEXT NOT NULL,
+    PRIMARY KEY (peer_id, model_root)
+) STRICT, WITHOUT ROWID;
+INSERT INTO "standings" VALUES('12D3KooWEyoppNCUx8Yx66oV9fJnriXwCcXwDDUA2kj6vnc6iDEp','abababababababababababababababababababababababababababababababab',3.5,1.0,0.5,1800000001.0,0.0,'late');
+INSERT INTO "standings" VALUES('12D3KooWHdiAxVd8uMQR1hGWXccidmfCwLqcMpGwR6QcTP6QRMuD','abababababababababababababababababababababababababababababababab',3.5,1.0,0.5,1800000002.0,1800000000.0,'late');
 CREATE INDEX peers_by_age ON peers (last_seen);
 CREATE INDEX adverts_by_expiry ON adverts (expires_at);
 COMMIT;
