@@ -26,7 +26,7 @@ from daaswarm.errors import ConfigError
 from daaswarm.limits import CALL_BODY_BYTES
 from daaswarm.models.sources import DEFAULT_MODEL
 from daaswarm.store.data_dir import DataDir
-from daaswarm.types import CODECS, DTYPES, Codec, format_bytes
+from daaswarm.types import CODECS, DTYPES, Codec, format_bytes, parse_bytes
 
 FFN_DIM = 8_192  # the benchmark's weights take 2 GiB
 
@@ -85,6 +85,81 @@ def parity(
             verify=checking,
             emit=partial(_show, output),
         )
+
+    _measure(run, data_dir, output)
+
+
+@app.command("generate")
+def generate(
+    model: Annotated[
+        str, typer.Option("--model", autocompletion=complete_models, help="Name, folder or GGUF file.")
+    ] = DEFAULT_MODEL,
+    hosts: Annotated[int, typer.Option("--hosts", min=1, max=64, help="Host processes to start.")] = 2,
+    answers: Annotated[int, typer.Option("--answers", min=1, max=64, help="At once, beside one alone.")] = 4,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, max=4096, help="Of each answer.")] = 48,
+    dtype: Annotated[str, typer.Option("--dtype", help="Compute in f32, bf16 or f16.")] = "f32",
+    codec: Annotated[
+        str, typer.Option("--codec", autocompletion=complete_codecs, help="Of hidden states: f16, bf16, int8 or none.")
+    ] = "none",
+    verify: Annotated[
+        str, typer.Option("--verify", autocompletion=complete_verify, help="Check hosts as infer does.")
+    ] = "off",
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Tokens a second on several hosts: of one answer, and of several that share passes.
+
+    Example: daaswarm bench generate --answers 8 --tokens 64
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype!r} is not known", hint=f"choose from {', '.join(DTYPES)}")
+    if codec not in ("none", *CODECS):
+        raise ConfigError(f"--codec {codec!r} is not known", hint=f"choose from none, {', '.join(CODECS)}")
+    checking = parse_verify(verify)
+    output = Output(as_json=as_json)
+
+    async def run(folder: DataDir, config: Any) -> dict[str, Any]:
+        from daaswarm.bench.generate import run_generate
+
+        return await run_generate(
+            folder,
+            config,
+            model,
+            hosts=hosts,
+            answers=answers,
+            tokens=tokens,
+            dtype=dtype,
+            codec=cast(Codec, codec),
+            verify=checking,
+            emit=partial(_show, output),
+        )
+
+    _measure(run, data_dir, output)
+
+
+@app.command("net")
+def net(
+    body: Annotated[str, typer.Option("--body", metavar="SIZE", help="Of a large call, there and back.")] = "8MiB",
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, max=600, help="Of each measurement.")] = 2.0,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Connecting, pings, small and large bodies between two nodes on this machine, beside plain TCP.
+
+    Example: daaswarm bench net --body 1MiB
+    """
+    nbytes = parse_bytes(body, option="--body")
+    if not 1 <= nbytes <= CALL_BODY_BYTES:
+        raise ConfigError(
+            f"--body {body}: a call takes {format_bytes(CALL_BODY_BYTES)} at most", hint="give less, as 8MiB"
+        )
+    output = Output(as_json=as_json)
+
+    async def run(folder: DataDir, config: Any) -> dict[str, Any]:
+        from daaswarm.bench.net import run_net
+
+        with tempfile.TemporaryDirectory(prefix="daaswarm-") as host_dir:
+            return await run_net(folder, config, body_bytes=nbytes, seconds=seconds, host_dir=host_dir)
 
     _measure(run, data_dir, output)
 

@@ -102,12 +102,12 @@ WITHOUT_SETTINGS = {
     "completion show", "completion install", "config path", "logs", "reset", "bench expert", "peers list",
     "peers forgive",
     "expert deploy", "expert remove", "model list", "model remove", "bench dht", "bench sim",
-    "bench moe", "bench load",
+    "bench moe", "bench load", "bench net",
     "swarm create", "swarm add", "swarm remove",
 }  # fmt: skip
 WITHOUT_FOLDER = {
     "completion show", "completion install", "bench expert", "bench parity", "bench dht", "bench sim", "bench moe",
-    "bench load",
+    "bench load", "bench generate", "bench net",
 }  # fmt: skip
 
 
@@ -322,6 +322,13 @@ BAD: list[tuple[list[str], list[str], int, str, str]] = [
     (["network", "diagnose"], ["nonsense"], 2, "nonsense", "12D3Koo"),
     (["network", "diagnose"], ["/ip4/1.2.3/tcp/1"], 2, "/ip4/1.2.3/tcp/1", "write it like"),
     (["bench", "dht"], ["--peers", "1"], 2, "--peers", "--help"),
+    (["bench", "generate"], ["--verify", "always"], 2, "verify 'always' is not known", "sample"),
+    (["bench", "generate"], ["--codec", "zip"], 2, "--codec 'zip' is not known", "int8"),
+    (["bench", "net"], ["--body", "many"], 2, "--body", ""),
+    (["bench", "net"], ["--body", "9GB"], 2, "--body 9GB", "8MiB"),
+    (["infer"], ["Hi", "--verify", "sample=3"], 2, "from above 0 to 1", "sample=0.1"),
+    (["model", "prepare"], ["MOE", "--audit", "--dtype", "f64"], 2, "--dtype 'f64' is not known", "f32"),
+    (["peers", "forgive"], ["nobody"], 2, "nothing is known of nobody", "peers list"),
     (["bench", "dht"], ["--kill", "1.5"], 2, "--kill", "--help"),
     (["bench", "dht"], ["--peers", "2", "--kill", "0.9"], 2, "at least two have to live", "--kill 0 "),
     (["bench", "dht"], ["--peers", "3", "--kill", "0.6"], 2, "at least two have to live", "--kill 0.33 "),
