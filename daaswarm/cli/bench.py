@@ -13,6 +13,7 @@ from typing import Annotated, Any, cast
 import trio
 import typer
 
+from daaswarm.cli.bench_byzantine import byzantine, serve_byzantine
 from daaswarm.cli.bench_load import call_load, load
 from daaswarm.cli.bench_moe import moe, serve_moe
 from daaswarm.cli.bench_sim import simulate
@@ -34,6 +35,8 @@ app = typer.Typer(no_args_is_help=True, help="Measure this machine and this prog
 app.command("sim")(simulate)
 app.command("moe")(moe)
 app.command("serve-moe", hidden=True)(serve_moe)
+app.command("byzantine")(byzantine)
+app.command("serve-byzantine", hidden=True)(serve_byzantine)
 app.command("load")(load)
 app.command("call-load", hidden=True)(call_load)
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from daaswarm.models.dense import ACTIVATIONS
 
 PASS, FAIL, ABSTAIN = 0, 1, 2  # a row's verdict
+SCREEN_MARGIN = 0.8  # of the limit, for the screening in f32
 FALSE_ALARM = 1e-9  # of one stage of an honest row, if its rounding errors were as large as the bound
 
 U32 = 2.0**-24
@@ -52,24 +53,43 @@ ROUNDINGS: dict[torch.dtype, Rounding] = {
 }
 
 
-class Stage(NamedTuple):
-    """The requester's secret side of one matrix W, (outputs, inputs) in the dtype that hosts use; f64.
+class Stage:
+    """The requester's secret side of one matrix W, (outputs, inputs) in the dtype that hosts use.
 
-    Attributes:
-        sketch: (s, outputs).
-        product: (s, inputs), ``sketch @ W``.
-        columns: (inputs,), the length of each column of W.
-        row: the length of the longest row.
+    Args:
+        sketch: (s, outputs) f32.
+        product: (s, inputs) f32, ``sketch @ W``.
+        columns: (inputs,) f32, the length of each column of W, or a little more.
+        row: the length of the longest row, or a little more.
     """
 
-    sketch: Tensor
-    product: Tensor
-    columns: Tensor
-    row: float
+    def __init__(self, sketch: Tensor, product: Tensor, columns: Tensor, row: float) -> None:
+        self.sketch32, self.product32, self.columns32, self.row = sketch, product, columns, row
+        self._turned = sketch.t().contiguous(), product.t().contiguous()
+
+    @functools.cached_property
+    def sketch(self) -> Tensor:
+        return self.sketch32.double()
+
+    @functools.cached_property
+    def product(self) -> Tensor:
+        return self.product32.double()
+
+    @functools.cached_property
+    def columns(self) -> Tensor:
+        return self.columns32.double()
 
     @property
     def inputs(self) -> int:
-        return self.product.shape[1]
+        return self.product32.shape[1]
+
+    def screen(self, a: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
+        """(rows,) whether z = W a surely passes, in f32: a margin of a fifth is more than its own errors. What
+        isn't sure, and what isn't finite, is for :meth:`check`.
+        """
+        bound = ROUNDINGS[dtype].unit * z.norm(dim=1) + math.sqrt(self.inputs) * U32 * (a.abs() @ self.columns32)
+        residual = torch.addmm(z @ self._turned[0], a, self._turned[1], alpha=-1).norm(dim=1)
+        return residual <= SCREEN_MARGIN * math.sqrt(get_quantile(len(self.sketch32))) * bound
 
     def get_reach(self, a: Tensor) -> Tensor:
         """(rows,): Σₖ |aₖ| ‖W₌ₖ‖, at least the length of |W||a|."""
@@ -119,7 +139,34 @@ class Opened(NamedTuple):
 
 
 def check_ffn(secrets: FfnSecrets, x: Tensor, opened: Opened) -> Tensor:
-    """(rows,) verdicts on one expert's computation. x: (rows, hidden size) in the dtype."""
+    """(rows,) verdicts on one expert's computation. x: (rows, hidden size) in the dtype.
+
+    Rows that surely pass are found in f32; the rest is judged in f64.
+    """
+    sure = screen_ffn(secrets, x, opened)
+    verdicts = torch.full((len(x),), PASS)
+    if not bool(sure.all()):
+        rest = ~sure
+        verdicts[rest] = judge_ffn(secrets, x[rest], Opened(*(each[rest] for each in opened)))
+    return verdicts
+
+
+def screen_ffn(secrets: FfnSecrets, x: Tensor, opened: Opened) -> Tensor:
+    """(rows,) whether a row surely passes. NaN makes every comparison false."""
+    dtype, rounding = x.dtype, ROUNDINGS[x.dtype]
+    x = x.float()
+    gate, up, hidden, out = (each.float() for each in opened)
+    exact = ACTIVATIONS[secrets.activation](gate) * up
+    size = exact.abs() if secrets.activation in EXACT else torch.maximum(exact.abs(), (gate * up).abs())
+    steps = rounding.steps * 0.99 if dtype != torch.float32 else rounding.steps - 2  # f32's own two are in it
+    sure = ((hidden - exact).abs() <= steps * rounding.unit * size).all(1)
+    for stage, a, z in ((secrets.gate, x, gate), (secrets.up, x, up), (secrets.down, hidden, out)):
+        sure &= stage.screen(a, z, dtype)
+    return sure
+
+
+def judge_ffn(secrets: FfnSecrets, x: Tensor, opened: Opened) -> Tensor:
+    """(rows,) verdicts, all in f64."""
     dtype = x.dtype
     x = x.double()
     gate, up, hidden, out = (each.double() for each in opened)
@@ -196,19 +243,24 @@ def join_slices(parts: list[FfnSecrets]) -> FfnSecrets:
 
     def stack(stages: list[Stage]) -> Stage:  # outputs one below the other
         return Stage(
-            torch.cat([stage.sketch for stage in stages], 1),
-            torch.stack([stage.product for stage in stages]).sum(0),
-            torch.stack([stage.columns for stage in stages]).square().sum(0).sqrt(),
+            torch.cat([stage.sketch32 for stage in stages], 1),
+            torch.stack([stage.product for stage in stages]).sum(0).float(),
+            round_up(torch.stack([stage.columns for stage in stages]).square().sum(0).sqrt()),
             max(stage.row for stage in stages),
         )
 
     down = Stage(
-        first.down.sketch,
-        torch.cat([part.down.product for part in parts], 1),
-        torch.cat([part.down.columns for part in parts]),
+        first.down.sketch32,
+        torch.cat([part.down.product32 for part in parts], 1),
+        torch.cat([part.down.columns32 for part in parts]),
         math.sqrt(sum(part.down.row**2 for part in parts)),
     )
     return FfnSecrets(stack([part.gate for part in parts]), stack([part.up for part in parts]), down, first.activation)
+
+
+def round_up(value: Tensor) -> Tensor:
+    """A norm in f32, not below what it is."""
+    return torch.nextafter(value.float(), torch.tensor(math.inf))
 
 
 @functools.cache

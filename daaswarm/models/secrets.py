@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from daaswarm.errors import ModelError, StorageError
-from daaswarm.models.auditing import FfnSecrets, Stage, join_slices
+from daaswarm.models.auditing import FfnSecrets, Stage, join_slices, round_up
 from daaswarm.models.checkpoint import Checkpoint
 from daaswarm.models.experts import LayerExperts, read_experts
 from daaswarm.models.manifest import Progress
@@ -58,26 +57,44 @@ def make_secrets(model: LocalModel, dtype: Dtype, path: Path, progress: Progress
         ModelError: the checkpoint was altered, or no layer has a form that can be audited.
         StorageError: the file can't be written.
     """
-    kept: dict[str, Tensor] = {}
-    activations: dict[str, str] = {}
-    generator = torch.Generator()
-    generator.seed()
     layers = sorted(model.layers)
-    with Checkpoint(model.folder, sequential=True) as checkpoint, torch.inference_mode():
-        for done, number in enumerate(layers):
-            progress("making secrets", done, len(layers))
-            held = read_experts(checkpoint, model, {number: list(range(model.layers[number]))}, dtype)[number]
-            form = get_form(held)
-            if form is not None:
-                activations[str(number)] = form.activation
-                kept |= {f"{number}.{name}": value for name, value in _sketch(form, generator).items()}
-    progress("making secrets", len(layers), len(layers))
-    if not kept:
+
+    def stream() -> Iterator[tuple[int, Form]]:
+        with Checkpoint(model.folder, sequential=True) as checkpoint:
+            for done, number in enumerate(layers):
+                progress("making secrets", done, len(layers))
+                held = read_experts(checkpoint, model, {number: list(range(model.layers[number]))}, dtype)[number]
+                form = get_form(held)
+                if form is not None:
+                    yield number, form
+        progress("making secrets", len(layers), len(layers))
+
+    written = save_secrets(stream(), model.root, dtype, path)
+    if not written:
         raise ModelError(
             f"{model.name}: its experts are no gated FFNs without biases, so they can't be audited by sketches",
             hint="infer --verify twin compares two hosts instead",
         )
-    metadata = {"version": VERSION, "root": model.root, "dtype": dtype, "activations": json.dumps(activations)}
+    return written
+
+
+@torch.inference_mode()
+def save_secrets(forms: Iterable[tuple[int, Form]], root: ModelRoot, dtype: Dtype, path: Path) -> int:
+    """Make and write the secrets of some layers; returns the bytes written, 0 without a layer.
+
+    Raises:
+        StorageError: the file can't be written.
+    """
+    kept: dict[str, Tensor] = {}
+    activations: dict[str, str] = {}
+    generator = torch.Generator()
+    generator.seed()
+    for number, form in forms:
+        activations[f"{number}"] = form.activation
+        kept |= {f"{number}.{name}": value for name, value in _sketch(form, generator).items()}
+    if not kept:
+        return 0
+    metadata = {"version": VERSION, "root": root, "dtype": dtype, "activations": json.dumps(activations)}
     return _write(path, kept, metadata)
 
 
@@ -100,14 +117,9 @@ def _sketch(form: Form, generator: torch.Generator) -> dict[str, Tensor]:
             if name != "down":
                 kept.setdefault(f"{name}.sketch", []).append(sketch)
             kept.setdefault(f"{name}.product", []).append((sketch.double() @ wide).float())
-            kept.setdefault(f"{name}.columns", []).append(_round_up(wide.norm(dim=0)))
-            kept.setdefault(f"{name}.row", []).append(_round_up(wide.norm(dim=1).max()))
+            kept.setdefault(f"{name}.columns", []).append(round_up(wide.norm(dim=0)))
+            kept.setdefault(f"{name}.row", []).append(round_up(wide.norm(dim=1).max()))
     return {"down.sketch": common, **{name: torch.stack(values) for name, values in kept.items()}}
-
-
-def _round_up(value: Tensor) -> Tensor:
-    """A norm in f32, not below what it is."""
-    return torch.nextafter(value.float(), torch.tensor(math.inf))
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> int:
@@ -171,7 +183,7 @@ class Secrets:
                 product, columns, row = (
                     self._file.get_slice(f"{key}.{part}")[expert] for part in ("product", "columns", "row")
                 )
-                stages.append(Stage(sketch.double(), product.double(), columns.double(), float(row)))
+                stages.append(Stage(sketch, product, columns, float(row)))
             gate, up, down = stages
             return FfnSecrets(gate, up, down, self._activations[str(layer)])
 

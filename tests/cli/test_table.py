@@ -102,12 +102,12 @@ WITHOUT_SETTINGS = {
     "completion show", "completion install", "config path", "logs", "reset", "bench expert", "peers list",
     "peers forgive",
     "expert deploy", "expert remove", "model list", "model remove", "bench dht", "bench sim",
-    "bench moe", "bench load", "bench net",
+    "bench moe", "bench load", "bench net", "bench byzantine",
     "swarm create", "swarm add", "swarm remove",
 }  # fmt: skip
 WITHOUT_FOLDER = {
     "completion show", "completion install", "bench expert", "bench parity", "bench dht", "bench sim", "bench moe",
-    "bench load", "bench generate", "bench net",
+    "bench load", "bench generate", "bench net", "bench byzantine",
 }  # fmt: skip
 
 
@@ -324,6 +324,8 @@ BAD: list[tuple[list[str], list[str], int, str, str]] = [
     (["bench", "dht"], ["--peers", "1"], 2, "--peers", "--help"),
     (["bench", "generate"], ["--verify", "always"], 2, "verify 'always' is not known", "sample"),
     (["bench", "generate"], ["--codec", "zip"], 2, "--codec 'zip' is not known", "int8"),
+    (["bench", "byzantine"], ["--strategy", "nice"], 2, "--strategy 'nice' is not known", "colluding"),
+    (["bench", "byzantine"], ["--verify", "off"], 2, "checks nothing", "none"),
     (["bench", "net"], ["--body", "many"], 2, "--body", ""),
     (["bench", "net"], ["--body", "9GB"], 2, "--body 9GB", "8MiB"),
     (["infer"], ["Hi", "--verify", "sample=3"], 2, "from above 0 to 1", "sample=0.1"),

@@ -51,7 +51,7 @@ def sketch(weights: Weights, activation: str = "silu") -> FfnSecrets:
     for name in ("gate", "up", "down"):
         sketch_rows = kept["down.sketch"] if name == "down" else kept[f"{name}.sketch"][0]
         product, columns, row = (kept[f"{name}.{part}"][0] for part in ("product", "columns", "row"))
-        stages.append(secrets_module.Stage(sketch_rows.double(), product.double(), columns.double(), float(row)))
+        stages.append(secrets_module.Stage(sketch_rows, product, columns, float(row)))
     return FfnSecrets(stages[0], stages[1], stages[2], activation)
 
 
@@ -184,9 +184,9 @@ def test_errors_of_two_slices_do_not_cancel() -> None:
     for n in range(2):
         stages = [
             secrets_module.Stage(
-                (kept["down.sketch"] if name == "down" else kept[f"{name}.sketch"][n]).double(),
-                kept[f"{name}.product"][n].double(),
-                kept[f"{name}.columns"][n].double(),
+                kept["down.sketch"] if name == "down" else kept[f"{name}.sketch"][n],
+                kept[f"{name}.product"][n],
+                kept[f"{name}.columns"][n],
                 float(kept[f"{name}.row"][n]),
             )
             for name in ("gate", "up", "down")
