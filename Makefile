@@ -46,7 +46,7 @@ demo: $(VENV)/run.stamp
 	$(BIN)/daaswarm infer "What is the capital of France?" --embedded 3
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m tests
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

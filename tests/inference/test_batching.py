@@ -19,6 +19,7 @@ from daaswarm.inference.sequence import Sampling, Sequence
 from daaswarm.inference.swarm_experts import Stopped
 from daaswarm.inference.text_stream import TextStream
 from daaswarm.inference.threads import TRIES
+from daaswarm.inference.use import AuditUse
 from daaswarm.testing.checkpoints import make_config, make_model
 from tests.byte_tokenizer import make_tokenizer
 
@@ -38,6 +39,9 @@ class OwnExperts:
 
     def use_plan(self, plan: Any) -> None:
         self.plans.append(plan)
+
+    def take_audits(self) -> AuditUse:
+        return AuditUse()
 
     def take_use(self) -> tuple[dict[Any, Any], int]:
         return {}, 0
