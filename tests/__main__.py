@@ -1,4 +1,4 @@
-"""All tests, in two processes at once: those of whole programs mostly wait for each other, the others compute.
+"""All tests, in two processes at once: those that start whole swarms mostly wait for them, the others compute.
 
 python -m tests [pytest's options]
 """
@@ -11,14 +11,14 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-PROGRAMS = ("e2e", "cli", "netns", "docs")  # folders of tests that start programs
+SWARMS = ("e2e",)  # folders of the first kind; both take about as long
 NO_TESTS = 5  # pytest's exit code where an option leaves none
 
 
 def main() -> int:
     options = sys.argv[1:]
     others = sorted(path.name for path in ROOT.iterdir() if path.is_dir() and list(path.glob("test_*.py")))
-    groups = [[name for name in others if name not in PROGRAMS], [name for name in PROGRAMS if name in others]]
+    groups = [[name for name in others if name not in SWARMS], [name for name in SWARMS if name in others]]
     files = [str(path) for path in sorted(ROOT.glob("test_*.py"))]
     codes: list[int] = []
     with tempfile.TemporaryFile() as kept:

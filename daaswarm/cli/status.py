@@ -133,11 +133,13 @@ def describe_island(island: dict[str, Any]) -> str:
 
 def describe_kernel(choice: dict[str, Any]) -> str:
     """``"packed for float32, 576 → 3072, 1536 → 576: 0.51 ms a row, 11.8 ms for 128 (eager: 0.91, 34.2)"``."""
+    (outputs, inputs), (last, inner) = choice["first"], choice["down"]
+    what = f"{choice['kernel']} for {choice['dtype']}, {inputs} → {outputs}, {inner} → {last}"
+    if not choice["times_ms"]:
+        return what
     times = {name: list(each.values()) for name, each in choice["times_ms"].items()}  # by rising numbers of rows
     chosen, most = times[choice["kernel"]], list(choice["times_ms"][choice["kernel"]])[-1]
     others = "; ".join(f"{n}: {t[0]:.2g}, {t[-1]:.3g}" for n, t in times.items() if n != choice["kernel"])
-    (outputs, inputs), (last, inner) = choice["first"], choice["down"]
-    what = f"{choice['kernel']} for {choice['dtype']}, {inputs} → {outputs}, {inner} → {last}"
     wrong = f"; wrong here: {', '.join(choice['wrong'])}" if choice["wrong"] else ""
     return f"{what}: {chosen[0]:.2g} ms for 1 row, {chosen[-1]:.3g} for {most} ({others}){wrong}"
 

@@ -21,7 +21,8 @@ from torch.nn import functional
 TRIED_ROWS = (1, 4, 16, 128)  # from one answer's token to a prefill
 TRIES = 3  # of each way and number of rows; the median counts
 TRY_S = 0.05  # no further try of one way and number of rows after this
-GAIN = 0.95  # a way that isn't plain has to take less than this of the plain one's time
+GAIN = 0.8  # of the usual way's time that another has to stay below: hosts should differ in rounding only where it pays
+TRIED_BYTES = 1 << 20  # smaller experts take the usual way: what a try shows of them is noise
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}  # relative to the largest; others: never
 
 
@@ -110,11 +111,11 @@ def fill(rows: Tensor, least: int) -> Tensor:
 
 
 KERNELS: dict[str, tuple[Callable[[Tensor], bool], Callable[[Tensor], Matrix]]] = {
+    "packed": (can_pack, PackedMatrix),
     "eager": (lambda weight: True, EagerMatrix),
     "input-major": (lambda weight: True, InputMajorMatrix),
-    "packed": (can_pack, PackedMatrix),
 }
-"""``{name: (whether a weight can be laid out so, how)}``; the first is what the others are compared with."""
+"""``{name: (whether a weight can be laid out so, how)}``; the first that can be is the usual one."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Choice:
     Attributes:
         first, down: shapes of the two matrices of an FFN, (outputs, inputs).
         kernel: the fastest that was right; a key of :data:`KERNELS`.
-        times_ms: ``{kernel: {rows: median time of both products}}``.
+        times_ms: ``{kernel: {rows: median time of both products}}``; empty for small experts, of which none is tried.
         wrong: kernels whose result was not the plain one's.
     """
 
@@ -179,9 +180,10 @@ def _try(first: Tensor, down: Tensor) -> Choice:
     wanted = [functional.linear(rows, weight) for rows, weight in zip(inputs, (first, down), strict=True)]
     times: dict[str, dict[int, float]] = {}
     wrong: list[str] = []
-    for name, (can, make) in KERNELS.items():
-        if not can(first) or not can(down):
-            continue
+    possible = {name: make for name, (can, make) in KERNELS.items() if can(first) and can(down)}
+    if first.nbytes + down.nbytes < TRIED_BYTES:
+        return Choice(tuple(first.shape), tuple(down.shape), first.dtype, next(iter(possible)), {})
+    for name, make in possible.items():
         try:
             products = [Product(make(weight), rows) for weight, rows in zip((first, down), inputs, strict=True)]
             right = all(
@@ -208,15 +210,15 @@ class Product(NamedTuple):
 
 
 def _pick(times: dict[str, dict[int, float]]) -> str:
-    """The way with the least mean of its times over the plain one's, each number of rows counting the same."""
-    plain = next(iter(KERNELS))
+    """The way with the least mean of its times over the usual one's, each number of rows counting the same."""
+    usual = next(iter(times))
     ratios = {
-        name: statistics.geometric_mean([ms / times[plain][n] for n, ms in mine.items()])
+        name: statistics.geometric_mean([ms / times[usual][n] for n, ms in mine.items()])
         for name, mine in times.items()
-        if name != plain
+        if name != usual
     }
-    best = min(ratios, key=ratios.__getitem__, default=plain)
-    return best if ratios.get(best, 1.0) < GAIN else plain
+    best = min(ratios, key=ratios.__getitem__, default=usual)
+    return best if ratios.get(best, 1.0) < GAIN else usual
 
 
 def _measure(products: list[Product], n: int) -> float:

@@ -76,7 +76,10 @@ class Swift(kernels.EagerMatrix):
 
 @pytest.fixture
 def shapes() -> tuple[Tensor, Tensor]:
-    return torch.randn(96, 24), torch.randn(24, 48)
+    return torch.randn(1024, 256), torch.randn(256, 512)
+
+
+USUAL = "packed" if can_pack(torch.ones(2, 2)) else "eager"
 
 
 @pytest.fixture
@@ -105,7 +108,8 @@ def test_the_fastest_is_chosen_once(
     assert choice.kernel == "swift" and choice.times_ms["swift"] == dict.fromkeys(kernels.TRIED_ROWS, 0.5)
     costs[Swift] = 2.0
     assert registry.choose(*shapes) is choice and registry.choices == [choice]
-    assert registry.choose(*(weight.bfloat16() for weight in shapes)).kernel == "eager"
+    costs[Swift] = 0.9
+    assert registry.choose(shapes[0][:, :240], shapes[1]).kernel == USUAL
     assert len(registry.choices) == 2
 
 
@@ -113,8 +117,18 @@ def test_a_little_faster_is_not_enough(
     monkeypatch: pytest.MonkeyPatch, costs: dict[type, float], shapes: tuple[Tensor, Tensor]
 ) -> None:
     add(monkeypatch, "swift", Swift)
-    costs[Swift] = 0.97
-    assert KernelRegistry().choose(*shapes).kernel == "eager"
+    costs[Swift] = 0.85
+    assert KernelRegistry().choose(*shapes).kernel == USUAL
+
+
+def test_small_experts_are_not_tried(
+    monkeypatch: pytest.MonkeyPatch, costs: dict[type, float], shapes: tuple[Tensor, Tensor]
+) -> None:
+    """Their times are noise, and two hosts of one machine would differ in rounding."""
+    add(monkeypatch, "swift", Swift)
+    costs[Swift] = 0.1
+    choice = KernelRegistry().choose(*(weight[:48, :48] for weight in shapes))
+    assert choice.kernel == USUAL and not choice.times_ms
 
 
 @pytest.mark.parametrize("kernel", [Doubling, Missing])
@@ -124,7 +138,7 @@ def test_a_wrong_one_is_not_used(
     add(monkeypatch, "bad", kernel)
     costs[kernel] = 0.001
     choice = KernelRegistry().choose(*shapes)
-    assert choice.kernel == "eager" and choice.wrong == ["bad"] and "bad" not in choice.times_ms
+    assert choice.kernel == USUAL and choice.wrong == ["bad"] and "bad" not in choice.times_ms
 
 
 def test_an_expert_is_laid_out_as_was_chosen(
